@@ -1,0 +1,2 @@
+//! The program `peft`.
+fn main() {}

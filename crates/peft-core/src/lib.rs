@@ -1,0 +1,1 @@
+//! The contracts that every fine-tuning method, base format and model agree on

@@ -1,0 +1,1 @@
+//! GGUF files: metadata, dequantisation, tokenizer and Hugging Face folder

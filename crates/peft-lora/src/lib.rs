@@ -1,0 +1,1 @@
+//! LoRA and its relatives on linear and embedding layers

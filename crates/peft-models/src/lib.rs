@@ -1,0 +1,1 @@
+//! GPT-2 and the Llama family, built from any source of weights

@@ -1,0 +1,1 @@
+//! Conformance suite and fixture reader for every method
