@@ -1,0 +1,132 @@
+//! `cargo xtask test` and `cargo xtask ci`.
+//!
+//! `ci` is what must pass before a change goes in, from nothing: no step needs what a person would have had to
+//! install, and the cheap ones come first. All of them share one profile, so that the bindings to libtorch are
+//! compiled once.
+
+use crate::{libtorch, model, run, tidy, ui};
+use anyhow::{Context, Result};
+use std::process::Command;
+
+/// Flags of `cargo xtask test`.
+#[derive(clap::Args)]
+pub(crate) struct TestArgs {
+    /// Fetch no model and leave out doc tests
+    #[arg(long)]
+    quick: bool,
+    /// Arguments for the test runner, such as the part of a test's name
+    #[arg(last = true, value_name = "FILTER")]
+    filter: Vec<String>,
+}
+
+/// `cargo xtask test`: fetches what is missing and runs every test.
+pub(crate) fn test(args: &TestArgs) -> Result<()> {
+    libtorch::ensure()?;
+    if !args.quick {
+        run::build_peft()?;
+        fetch_model();
+    }
+    let filter: Vec<&str> = args.filter.iter().map(String::as_str).collect();
+    let runner: &[&str] = if run::works(&mut run::cargo(&["nextest", "--version"])) {
+        &["nextest", "run", "--workspace", "--no-fail-fast"]
+    } else {
+        &[
+            "test",
+            "--workspace",
+            "--lib",
+            "--bins",
+            "--tests",
+            "--no-fail-fast",
+            "--quiet",
+        ]
+    };
+    run::run(run::cargo(runner).args(&filter))?;
+    if !args.quick && filter.is_empty() {
+        run::run(&mut run::cargo(&[
+            "test",
+            "--workspace",
+            "--doc",
+            "--no-fail-fast",
+            "--quiet",
+        ]))?;
+    }
+    Ok(())
+}
+
+/// Tests must pass without a network, so a model that cannot be had is only said.
+fn fetch_model() {
+    if let Err(error) = model::ensure() {
+        ui::say(format!(
+            "SmolLM2 could not be fetched ({error}); the tests that need it are skipped"
+        ));
+    }
+}
+
+/// `cargo xtask ci`.
+pub(crate) fn ci() -> Result<()> {
+    let steps: [(&str, Step); 6] = [
+        ("Format", format),
+        ("Tidy", || tidy::tidy(&tidy::Args::default())),
+        ("libtorch", libtorch::ensure),
+        ("Lints", lints),
+        ("Documentation", docs),
+        ("Tests", || {
+            test(&TestArgs {
+                quick: false,
+                filter: Vec::new(),
+            })
+        }),
+    ];
+    for (number, (title, check)) in steps.iter().enumerate() {
+        ui::step(number + 1, steps.len(), title);
+        check().with_context(|| format!("{} did not pass", title.to_lowercase()))?;
+    }
+    println!("\n{}", ui::bold("All checks passed"));
+    Ok(())
+}
+
+type Step = fn() -> Result<()>;
+
+fn format() -> Result<()> {
+    component("rustfmt", "fmt")?;
+    run::run(&mut run::cargo(&["fmt", "--all", "--check"]))
+}
+
+fn lints() -> Result<()> {
+    component("clippy", "clippy")?;
+    run::run(&mut run::cargo(&[
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "--deny",
+        "warnings",
+    ]))
+}
+
+fn docs() -> Result<()> {
+    // Joins the flags in `.cargo/config.toml`; the variable RUSTDOCFLAGS would replace them.
+    let deny = r#"build.rustdocflags=["--deny", "warnings"]"#;
+    run::run(&mut run::cargo(&[
+        "doc",
+        "--workspace",
+        "--no-deps",
+        "--config",
+        deny,
+    ]))
+}
+
+/// Says plainly that a part of the Rust tool chain is not installed.
+fn component(name: &str, command: &str) -> Result<()> {
+    if run::works(&mut run::cargo(&[command, "--version"])) {
+        return Ok(());
+    }
+    // Where rustup rules, it may be a matter of one more download.
+    if run::works(Command::new("rustup").args(["component", "add", name])) {
+        return Ok(());
+    }
+    Err(ui::problem(
+        format!("`cargo {command}` is not installed"),
+        format!("`rustup component add {name}`"),
+    ))
+}
