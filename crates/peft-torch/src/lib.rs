@@ -1,1 +1,28 @@
-//! What tch lacks: autograd functions in Rust, fused AdamW, oneDNN products, random state, memory figures
+//! What tch lacks of libtorch, behind safe Rust.
+//!
+//! tch binds nearly every operation of libtorch and stops there. Fine-tuning
+//! wants a little more: autograd functions of one's own ([`Function`]), the
+//! optimiser step over all tensors at once ([`AdamW`]), products that use the
+//! faster of the two libraries inside libtorch ([`linear`]), a few kernels
+//! that read memory once instead of five times ([`rms_norm`], [`rope`],
+//! [`swiglu`], [`gelu_tanh`], [`cross_entropy_`], [`gemv`]), the state of the random generators
+//! ([`rng`]), memory figures ([`memory`]) and the CUDA half of libtorch found
+//! at run time ([`cuda`]), so that one program serves both.
+//!
+//! Why a shim in C++ and not a fork of tch: three small files against public
+//! headers survive an update of either; a fork does not. All of the C++ of
+//! the workspace and its `unsafe` outside of SIMD kernels live here.
+
+mod adamw;
+pub mod cuda;
+mod ffi;
+mod function;
+mod linear;
+pub mod memory;
+mod ops;
+pub mod rng;
+
+pub use adamw::{AdamW, Moments};
+pub use function::{Function, apply, backward, vjp};
+pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
+pub use ops::{cross_entropy_, gelu_tanh, gemv, rms_norm, rope, swiglu};

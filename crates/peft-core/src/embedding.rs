@@ -1,0 +1,118 @@
+//! Embedding tables: y = E[ids], and what methods put on them.
+
+use std::fmt;
+
+use tch::{Device, Tensor};
+
+use crate::{
+    Ctx, Error, Params, Result,
+    stack::{Attached, Stack, finite, place},
+};
+
+/// What one method leaves on one embedding table.
+pub trait EmbeddingAdapter: Params + fmt::Debug + Send {
+    /// ids: `[..] -> [.., hidden]` with this adapter at work.
+    fn forward(&self, ids: &Tensor, beneath: BeneathEmbedding<'_>, ctx: Ctx) -> Tensor;
+    /// The table `[vocab, hidden]` with this adapter baked in, if the method has such a form.
+    fn merge(&self, weight: Tensor) -> Option<Tensor>;
+}
+
+/// The table without its topmost adapter.
+#[derive(Clone, Copy)]
+pub struct BeneathEmbedding<'a> {
+    base: &'a Tensor,
+    adapters: &'a [Attached<dyn EmbeddingAdapter>],
+    ctx: Ctx,
+}
+
+impl BeneathEmbedding<'_> {
+    /// ids: `[..] -> [.., hidden]`
+    pub fn forward(self, ids: &Tensor) -> Tensor {
+        let Some((top, rest)) = self.adapters.split_last() else {
+            return Tensor::embedding(self.base, ids, -1, false, false);
+        };
+        let beneath = BeneathEmbedding {
+            adapters: rest,
+            ..self
+        };
+        if top.on {
+            top.adapter.forward(ids, beneath, self.ctx)
+        } else {
+            beneath.forward(ids)
+        }
+    }
+
+    /// The table `[vocab, hidden]`, with the active adapters beneath where they have a weight form.
+    pub fn weight(self) -> Tensor {
+        let active = self.adapters.iter().filter(|it| it.on);
+        active.fold(self.base.shallow_clone(), |w, it| {
+            it.adapter.merge(w.shallow_clone()).unwrap_or(w)
+        })
+    }
+}
+
+/// A named embedding table in a model.
+#[derive(Debug)]
+pub struct Embedding {
+    base: Tensor,
+    original: Option<Tensor>,
+    adapters: Stack<dyn EmbeddingAdapter>,
+}
+
+impl Embedding {
+    /// A frozen table `[vocab, hidden]` without adapters.
+    pub fn new(weight: Tensor) -> Embedding {
+        Embedding {
+            base: weight,
+            original: None,
+            adapters: Stack::new(),
+        }
+    }
+
+    /// ids: `[..] -> [.., hidden]`
+    pub fn forward(&self, ids: &Tensor, ctx: Ctx) -> Tensor {
+        let adapters = match self.original {
+            Some(_) => &[],
+            None => self.adapters.all(),
+        };
+        let whole = BeneathEmbedding {
+            base: &self.base,
+            adapters,
+            ctx,
+        };
+        whole.forward(ids)
+    }
+
+    /// The frozen table `[vocab, hidden]`; after a merge, the merged one.
+    pub fn weight(&self) -> &Tensor {
+        &self.base
+    }
+
+    /// Where new parameters should live.
+    pub fn device(&self) -> Device {
+        self.base.device()
+    }
+
+    /// Puts an adapter on top.
+    pub fn attach(&mut self, name: &str, adapter: Box<dyn EmbeddingAdapter>) {
+        self.adapters.push(name, adapter);
+    }
+
+    fn baked(&self, at: &str) -> Result<Tensor> {
+        let not = |why: &str| Error::NotMergeable {
+            at: at.to_owned(),
+            why: why.to_owned(),
+        };
+        let start = self.base.shallow_clone();
+        let active = self.adapters.active();
+        let merged = tch::no_grad(|| active.into_iter().try_fold(start, |w, it| it.merge(w)))
+            .ok_or_else(|| not("the method has no form as a table here"))?;
+        if finite(&merged) {
+            Ok(merged.detach())
+        } else {
+            Err(not("the merged table is not finite"))
+        }
+    }
+}
+
+place!(Embedding);

@@ -1,0 +1,52 @@
+//! Files that are there whole or not at all.
+
+use std::{
+    fs::{self, File},
+    io::{BufWriter, Write},
+    path::Path,
+};
+
+use crate::{Error, Result};
+
+/// Writes a file under another name and renames it when it is on the disk.
+///
+/// Whatever happens, a full disk or a kill, `path` holds the old content or the new, never half.
+pub fn write(path: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let partial = path.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+    let written = (|| {
+        let mut file = BufWriter::new(File::create(&partial)?);
+        content(&mut file)?;
+        file.flush()?;
+        file.get_ref().sync_all()?;
+        fs::rename(&partial, path)
+    })();
+    written.map_err(|source| {
+        let _ = fs::remove_file(&partial);
+        Error::Io {
+            path: path.to_owned(),
+            source,
+        }
+    })
+}
+
+/// Writes text whole or not at all.
+pub fn write_text(path: &Path, text: &str) -> Result<()> {
+    write(path, |file| file.write_all(text.as_bytes()))
+}
+
+/// Writes JSON as Python's `json.dump(…, indent=2, sort_keys=True)` lays it out.
+pub fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
+    let mut json = json.clone();
+    json.sort_all_objects();
+    let text = serde_json::to_string_pretty(&json).map_err(|e| Error::file(path, e))?;
+    write_text(path, &format!("{text}\n"))
+}
+
+/// Reads a JSON file; errors name file, line and column.
+pub fn read_json(path: &Path) -> Result<serde_json::Value> {
+    let text = fs::read_to_string(path).map_err(Error::io(path))?;
+    serde_json::from_str(&text).map_err(|error| Error::file(path, error))
+}

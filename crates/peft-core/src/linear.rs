@@ -1,0 +1,241 @@
+//! Linear layers: how a weight is kept, what methods put on it, and the place itself.
+//!
+//! y = x Wᵀ + b, and with adapters a₁ … aₙ stacked on it
+//! yₖ = aₖ(x, yₖ₋₁): each adapter is given the layer beneath it as a thing
+//! that it can run or ask for its dense form, never as a tensor it may change.
+
+use std::fmt;
+
+use tch::{Device, Tensor};
+
+use crate::{
+    Ctx, Error, Params, Result,
+    stack::{Attached, Stack, finite, place},
+};
+
+/// A linear layer in dense form.
+#[derive(Debug)]
+pub struct Plain {
+    /// `[out, in]`
+    pub weight: Tensor,
+    /// `[out]`
+    pub bias: Option<Tensor>,
+}
+
+impl Clone for Plain {
+    fn clone(&self) -> Plain {
+        Plain {
+            weight: self.weight.shallow_clone(),
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+}
+
+/// How the weight of one linear layer is kept and multiplied. Frozen.
+pub trait LinearOp: fmt::Debug + Send {
+    /// x: `[.., in] -> [.., out]`, bias included; differentiable in x.
+    fn forward(&self, x: &Tensor) -> Tensor;
+    /// The weight as a dense `[out, in]` tensor, decoded if need be.
+    fn weight(&self) -> Tensor;
+    /// The bias `[out]`, if the layer has one.
+    fn bias(&self) -> Option<&Tensor>;
+    /// `(out, in)`
+    fn shape(&self) -> (i64, i64);
+    /// Where new parameters should live.
+    fn device(&self) -> Device;
+    /// A layer kept in the same way with another content; encodes it again if need be.
+    fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>>;
+}
+
+/// What one method leaves on one linear layer.
+pub trait LinearAdapter: Params + fmt::Debug + Send {
+    /// x: `[.., in] -> [.., out]` with this adapter at work.
+    fn forward(&self, x: &Tensor, beneath: Beneath<'_>, ctx: Ctx) -> Tensor;
+    /// The layer with this adapter baked in, or `None` if the method has no such form.
+    fn merge(&self, plain: Plain) -> Option<Plain>;
+}
+
+/// The layer without its topmost adapter: dense, quantised or already adapted.
+#[derive(Clone, Copy)]
+pub struct Beneath<'a> {
+    base: &'a dyn LinearOp,
+    adapters: &'a [Attached<dyn LinearAdapter>],
+    ctx: Ctx,
+}
+
+impl Beneath<'_> {
+    /// x: `[.., in] -> [.., out]`. The result is fresh memory: the caller may add to it in place.
+    pub fn forward(self, x: &Tensor) -> Tensor {
+        let Some((top, rest)) = self.adapters.split_last() else {
+            return self.base.forward(x);
+        };
+        let beneath = Beneath {
+            adapters: rest,
+            ..self
+        };
+        if top.on {
+            top.adapter.forward(x, beneath, self.ctx)
+        } else {
+            beneath.forward(x)
+        }
+    }
+
+    /// In dense form, with the active adapters beneath where they have a weight form.
+    pub fn plain(self) -> Plain {
+        let active = self.adapters.iter().filter(|it| it.on);
+        active.fold(plain(self.base), |p, it| {
+            it.adapter.merge(p.clone()).unwrap_or(p)
+        })
+    }
+
+    /// The bias of the layer, as the active adapters beneath leave it.
+    pub fn bias(self) -> Option<Tensor> {
+        if self.adapters.iter().any(|it| it.on) {
+            self.plain().bias
+        } else {
+            self.base.bias().map(Tensor::shallow_clone)
+        }
+    }
+}
+
+/// A dense weight, in the dtype of the model.
+///
+/// The tensor is `[out, in]` with any strides: GPT-2's layers, kept `[in, out]`, are a transposed view.
+#[derive(Debug)]
+pub struct Dense {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Dense {
+    /// A frozen layer; weight: `[out, in]`, bias: `[out]`.
+    pub fn new(weight: Tensor, bias: Option<Tensor>) -> Dense {
+        Dense { weight, bias }
+    }
+}
+
+impl LinearOp for Dense {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        peft_torch::linear(x, &self.weight, self.bias.as_ref())
+    }
+    fn weight(&self) -> Tensor {
+        self.weight.shallow_clone()
+    }
+    fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+    fn shape(&self) -> (i64, i64) {
+        let size = self.weight.size();
+        (size[0], size[1])
+    }
+    fn device(&self) -> Device {
+        self.weight.device()
+    }
+    fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>> {
+        // Keep the strides of the old weight: a transposed layer stays one.
+        let weight = match self.weight.is_contiguous() {
+            true => plain.weight.detach().contiguous(),
+            false => plain.weight.detach().tr().contiguous().tr(),
+        };
+        let bias = plain.bias.map(|b| b.detach());
+        Ok(Box::new(Dense { weight, bias }))
+    }
+}
+
+/// A named place in a model. For a linear layer, models hold this and nothing else.
+#[derive(Debug)]
+pub struct Linear {
+    base: Box<dyn LinearOp>,
+    /// What `base` was before it was merged into.
+    original: Option<Box<dyn LinearOp>>,
+    adapters: Stack<dyn LinearAdapter>,
+}
+
+impl Linear {
+    /// A layer without adapters.
+    pub fn new(base: impl LinearOp + 'static) -> Linear {
+        Linear::boxed(Box::new(base))
+    }
+
+    /// The same from a boxed base.
+    pub fn boxed(base: Box<dyn LinearOp>) -> Linear {
+        Linear {
+            base,
+            original: None,
+            adapters: Stack::new(),
+        }
+    }
+
+    /// x: `[.., in] -> [.., out]` through the base and every active adapter.
+    pub fn forward(&self, x: &Tensor, ctx: Ctx) -> Tensor {
+        // Merged adapters are in the base already.
+        let adapters = match self.original {
+            Some(_) => &[],
+            None => self.adapters.all(),
+        };
+        let whole = Beneath {
+            base: &*self.base,
+            adapters,
+            ctx,
+        };
+        whole.forward(x)
+    }
+
+    /// The frozen base; after a merge, the merged one.
+    pub fn base(&self) -> &dyn LinearOp {
+        &*self.base
+    }
+
+    /// Whether an adapter is at work here that is not merged into the base.
+    pub fn is_adapted(&self) -> bool {
+        self.original.is_none() && self.adapters.active().next().is_some()
+    }
+
+    /// Puts an adapter on top.
+    pub fn attach(&mut self, name: &str, adapter: Box<dyn LinearAdapter>) {
+        self.adapters.push(name, adapter);
+    }
+
+    /// The adapters of one name, innermost first.
+    pub fn adapters(&self, name: &str) -> impl Iterator<Item = &dyn LinearAdapter> {
+        let all = self.adapters.all().iter();
+        all.filter(move |it| it.name == name).map(|it| &*it.adapter)
+    }
+
+    /// The base with every active adapter in it.
+    fn baked(&self, at: &str) -> Result<Box<dyn LinearOp>> {
+        let not = |why: &str| Error::NotMergeable {
+            at: at.to_owned(),
+            why: why.to_owned(),
+        };
+        let start = plain(&*self.base);
+        let merged = self.adapters.active();
+        let merged = tch::no_grad(|| merged.into_iter().try_fold(start, |p, it| it.merge(p)))
+            .ok_or_else(|| not("the method has no form as a weight here"))?;
+        if !finite(&merged.weight) || !merged.bias.as_ref().is_none_or(finite) {
+            return Err(not("the merged weight is not finite"));
+        }
+        self.base.encode(merged)
+    }
+}
+
+place!(Linear);
+
+fn plain(op: &dyn LinearOp) -> Plain {
+    Plain {
+        weight: op.weight(),
+        bias: op.bias().map(Tensor::shallow_clone),
+    }
+}
+
+/// Where a model gets its layers while it is being built.
+pub trait Weights {
+    /// The linear layer called `at` with weight `[out, in]`; a bias if the source has one.
+    fn linear(&mut self, at: &str, shape: (i64, i64)) -> Result<Linear>;
+    /// The same for a layer kept `[in, out]`, as GPT-2 keeps them.
+    fn linear_transposed(&mut self, at: &str, shape: (i64, i64)) -> Result<Linear>;
+    /// Any other tensor, in the dtype of the model.
+    fn tensor(&mut self, key: &str, shape: &[i64]) -> Result<Tensor>;
+    /// Whether the source has this tensor.
+    fn has(&self, key: &str) -> bool;
+}

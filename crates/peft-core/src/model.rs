@@ -1,0 +1,329 @@
+use std::collections::BTreeSet;
+
+use crate::{
+    Embedding, Error, Injection, Linear, Norm, Outline, Param, Result, Site, SiteKind, State, Tuner,
+    nearest, stack::Place,
+};
+
+/// What a method may need to know of a model besides its places.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spec {
+    /// `model_type` of `config.json`: chooses default targets.
+    pub model_type: String,
+    /// Width of the residual stream.
+    pub hidden: i64,
+    /// Number of blocks.
+    pub layers: usize,
+    /// Heads of keys and values.
+    pub kv_heads: i64,
+    /// Width of one head.
+    pub head_dim: i64,
+    /// The place of the input embedding.
+    pub input_embedding: String,
+    /// The place of the output embedding, if the model has one.
+    pub output_embedding: Option<String>,
+    /// Both share one table.
+    pub tied: bool,
+    /// Linear layers are kept `[in, out]`: what `fan_in_fan_out` says on disk.
+    pub transposed: bool,
+}
+
+/// A named place where a method can act.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Slot<'a> {
+    /// A linear layer.
+    Linear(&'a mut Linear),
+    /// An embedding table.
+    Embedding(&'a mut Embedding),
+    /// A norm.
+    Norm(&'a mut Norm),
+}
+
+impl Slot<'_> {
+    fn place(&mut self) -> &mut dyn Place {
+        match self {
+            Slot::Linear(it) => *it,
+            Slot::Embedding(it) => *it,
+            Slot::Norm(it) => *it,
+        }
+    }
+
+    fn site(&self, at: &str) -> Site {
+        let (kind, shape, bias) = match self {
+            Slot::Linear(it) => {
+                let (out, inp) = it.base().shape();
+                (SiteKind::Linear, vec![out, inp], it.base().bias().is_some())
+            }
+            Slot::Embedding(it) => (SiteKind::Embedding, it.weight().size(), false),
+            Slot::Norm(it) => {
+                let affine = it.base();
+                (SiteKind::Norm, affine.weight.size(), affine.bias.is_some())
+            }
+        };
+        let at = at.to_owned();
+        Site {
+            at,
+            kind,
+            shape,
+            bias,
+        }
+    }
+}
+
+/// A base model: named places and a description.
+pub trait Model: Send {
+    /// What methods may decide by.
+    fn spec(&self) -> Spec;
+    /// Visits every place with the name that `named_modules()` gives it in Python, in that order:
+    /// the input embedding first.
+    fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>));
+}
+
+/// What every model can do with adapters.
+pub trait ModelExt: Model {
+    /// The model, described.
+    fn outline(&mut self) -> Outline {
+        let spec = self.spec();
+        let mut sites = Vec::new();
+        self.slots(&mut |at, slot| sites.push(slot.site(at)));
+        Outline { spec, sites }
+    }
+
+    /// The places that a method would act on. An error where it would act on none.
+    fn plan(&mut self, tuner: &dyn Tuner) -> Result<Vec<Site>> {
+        let outline = self.outline();
+        plan(&outline, &*tuner.resolve(&outline)?)
+    }
+
+    /// Dresses the model with a configured method under a name. An error leaves the model as it was.
+    fn inject(&mut self, name: &str, tuner: &dyn Tuner) -> Result<()> {
+        let fault = |why: &str| Error::Name {
+            name: name.to_owned(),
+            why: why.to_owned(),
+        };
+        if name.is_empty() || name.contains('.') {
+            return Err(fault("a name may not be empty or contain a dot"));
+        }
+        if self.adapters().iter().any(|(it, _)| it == name) {
+            return Err(fault("the model has an adapter of this name already"));
+        }
+        if self.merged() {
+            return Err(fault("adapters are merged into the base; unmerge first"));
+        }
+        let outline = self.outline();
+        let tuner = tuner.resolve(&outline)?;
+        let chosen: BTreeSet<String> = plan(&outline, &*tuner)?
+            .into_iter()
+            .map(|site| site.at)
+            .collect();
+        let mut injection = Injection {
+            name,
+            outline: &outline,
+            shared: State::new(),
+        };
+        let mut result = Ok(());
+        self.slots(&mut |at, slot| {
+            if result.is_ok() && chosen.contains(at) {
+                result = tuner.attach(at, slot, &mut injection);
+            }
+        });
+        if result.is_err() {
+            each(self, &mut |_, place| place.delete(name));
+        }
+        result
+    }
+
+    /// The adapters on the model and whether they are switched on, in the order of their first place.
+    fn adapters(&mut self) -> Vec<(String, bool)> {
+        let mut all: Vec<(String, bool)> = Vec::new();
+        each(self, &mut |_, place| {
+            for (name, on) in place.names() {
+                if !all.iter().any(|(it, _)| *it == name) {
+                    all.push((name, on));
+                }
+            }
+        });
+        all
+    }
+
+    /// Switches an adapter on or off. Any number may be on: their effects add up.
+    fn switch(&mut self, name: &str, on: bool) -> Result<()> {
+        known(self, name)?;
+        each(self, &mut |_, place| place.switch(name, on));
+        Ok(())
+    }
+
+    /// Switches one adapter on and all others off.
+    fn activate(&mut self, name: &str) -> Result<()> {
+        known(self, name)?;
+        each(self, &mut |_, place| {
+            for (it, _) in place.names() {
+                place.switch(&it, it == name);
+            }
+        });
+        Ok(())
+    }
+
+    /// Runs `body` with every adapter off, then restores the switches.
+    fn without_adapters<T>(&mut self, body: impl FnOnce(&mut Self) -> T) -> T
+    where
+        Self: Sized,
+    {
+        let before = self.adapters();
+        let set = |model: &mut Self, on: &dyn Fn(bool) -> bool| {
+            for (name, was) in &before {
+                each(model, &mut |_, place| place.switch(name, on(*was)));
+            }
+        };
+        set(self, &|_| false);
+        let result = body(self);
+        set(self, &|was| was);
+        result
+    }
+
+    /// Removes an adapter.
+    fn delete(&mut self, name: &str) -> Result<()> {
+        known(self, name)?;
+        if self.merged() {
+            return Err(Error::Name {
+                name: name.to_owned(),
+                why: "it is merged into the base; unmerge first".to_owned(),
+            });
+        }
+        each(self, &mut |_, place| place.delete(name));
+        Ok(())
+    }
+
+    /// Whether adapters are merged into the base.
+    fn merged(&mut self) -> bool {
+        let mut any = false;
+        each(self, &mut |_, place| any |= place.merged());
+        any
+    }
+
+    /// Bakes the active adapters into the base. [`ModelExt::unmerge`] gives back the very bits.
+    ///
+    /// An error (a method without a weight form, a weight that is not finite) leaves the model unmerged.
+    fn merge(&mut self) -> Result<()> {
+        let mut result = Ok(());
+        each(self, &mut |at, place| {
+            if result.is_ok() {
+                result = place.merge(at);
+            }
+        });
+        if result.is_err() {
+            self.unmerge();
+        }
+        result
+    }
+
+    /// Takes merged adapters out again.
+    fn unmerge(&mut self) {
+        each(self, &mut |_, place| place.unmerge());
+    }
+
+    /// Bakes the active adapters into the base and drops all adapters, place by place, so that no
+    /// second copy of the base is held. After an error some places are merged: the model is to be dropped.
+    fn merge_and_unload(&mut self) -> Result<()> {
+        let mut result = Ok(());
+        each(self, &mut |at, place| {
+            if result.is_ok() {
+                result = place.merge(at);
+                place.bare();
+            }
+        });
+        result
+    }
+
+    /// Drops every adapter; the base is what it was.
+    fn unload(&mut self) {
+        self.unmerge();
+        each(self, &mut |_, place| place.bare());
+    }
+
+    /// Every tensor that an adapter owns, trained or not.
+    fn params(&mut self, adapter: &str) -> Vec<Param> {
+        let mut all = Vec::new();
+        self.slots(&mut |at, mut slot| {
+            let norm = matches!(slot, Slot::Norm(_));
+            slot.place().params(adapter, &mut |name, tensor| {
+                all.push(Param {
+                    adapter: adapter.to_owned(),
+                    at: at.to_owned(),
+                    name: name.to_owned(),
+                    norm,
+                    tensor: tensor.shallow_clone(),
+                });
+            });
+        });
+        all
+    }
+
+    /// Further tensors of an adapter's file, computed from parameters: place, name, value.
+    fn derived(&mut self, adapter: &str) -> Vec<Param> {
+        let mut all = Vec::new();
+        self.slots(&mut |at, mut slot| {
+            slot.place().derived(adapter, &mut |name, tensor| {
+                all.push(Param {
+                    adapter: adapter.to_owned(),
+                    at: at.to_owned(),
+                    name: name.to_owned(),
+                    norm: false,
+                    tensor: tensor.shallow_clone(),
+                });
+            });
+        });
+        all
+    }
+
+    /// The tensors of an adapter that training changes.
+    fn trainable(&mut self, adapter: &str) -> Vec<Param> {
+        let mut all = self.params(adapter);
+        all.retain(|it| it.tensor.requires_grad());
+        all
+    }
+
+    /// Lets an adapter's tensors take no gradient any more, for inference.
+    fn freeze(&mut self, adapter: &str) {
+        for param in self.params(adapter) {
+            let _ = param.tensor.set_requires_grad(false);
+        }
+    }
+}
+
+impl<M: Model + ?Sized> ModelExt for M {}
+
+fn each<M: Model + ?Sized>(model: &mut M, visit: &mut dyn FnMut(&str, &mut dyn Place)) {
+    model.slots(&mut |at, mut slot| visit(at, slot.place()));
+}
+
+fn known<M: Model + ?Sized>(model: &mut M, name: &str) -> Result<()> {
+    let all = model.adapters();
+    if all.iter().any(|(it, _)| it == name) {
+        return Ok(());
+    }
+    let hint = nearest(name, all.iter().map(|(it, _)| it.as_str()));
+    let names: Vec<&String> = all.iter().map(|(it, _)| it).collect();
+    Err(Error::Name {
+        name: name.to_owned(),
+        why: format!("not on this model, which has {names:?}{hint}"),
+    })
+}
+
+fn plan(outline: &Outline, tuner: &dyn Tuner) -> Result<Vec<Site>> {
+    let mut chosen = Vec::new();
+    for site in &outline.sites {
+        if tuner.wants(site, outline)? {
+            chosen.push(site.clone());
+        }
+    }
+    if chosen.is_empty() {
+        let names = outline.sites.iter().map(|site| site.at.clone());
+        return Err(Error::NoTarget {
+            what: format!("the {} configuration", tuner.peft_type()),
+            examples: names.take(4).collect(),
+        });
+    }
+    Ok(chosen)
+}

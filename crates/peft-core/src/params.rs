@@ -1,0 +1,42 @@
+use tch::Tensor;
+
+/// Called with the on-disk name and the value of each tensor.
+pub type Visit<'a> = &'a mut dyn FnMut(&str, &Tensor);
+
+/// Something with parameters: one method's share of one place in a model.
+pub trait Params {
+    /// Visits what the adapter owns, by its name on disk below the place: `lora_A.weight`.
+    fn params(&self, visit: Visit<'_>);
+
+    /// Visits what the file holds besides: tensors computed from parameters that another
+    /// place owns (the transposed copies that a tied head gets). Written on saving; accepted and
+    /// not read on loading.
+    fn derived(&self, _visit: Visit<'_>) {}
+}
+
+/// One tensor of an adapter in a model.
+#[derive(Debug)]
+pub struct Param {
+    /// The adapter.
+    pub adapter: String,
+    /// The place: `model.layers.0.self_attn.q_proj`.
+    pub at: String,
+    /// The name on disk below the place: `lora_A.weight`.
+    pub name: String,
+    /// The place is a norm; optimisers leave those without decay.
+    pub norm: bool,
+    /// The tensor itself (a handle, not a copy).
+    pub tensor: Tensor,
+}
+
+impl Clone for Param {
+    fn clone(&self) -> Param {
+        Param {
+            adapter: self.adapter.clone(),
+            at: self.at.clone(),
+            name: self.name.clone(),
+            norm: self.norm,
+            tensor: self.tensor.shallow_clone(),
+        }
+    }
+}

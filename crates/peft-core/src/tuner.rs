@@ -1,0 +1,81 @@
+use std::fmt;
+
+use serde_json::Value;
+
+use crate::{Result, Slot, Spec, State};
+
+/// What kind of place a [`Site`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum SiteKind {
+    /// [`Slot::Linear`]
+    Linear,
+    /// [`Slot::Embedding`]
+    Embedding,
+    /// [`Slot::Norm`]
+    Norm,
+}
+
+/// One place of a model, described.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Site {
+    /// Its name: `model.layers.0.self_attn.q_proj`.
+    pub at: String,
+    /// What it is.
+    pub kind: SiteKind,
+    /// Linear: `[out, in]`; embedding: `[vocab, hidden]`; norm: `[hidden]`.
+    pub shape: Vec<i64>,
+    /// It has a bias.
+    pub bias: bool,
+}
+
+/// A model described: all that a method may decide by, before it touches anything.
+#[derive(Debug, Clone)]
+pub struct Outline {
+    /// Sizes and names.
+    pub spec: Spec,
+    /// Every place, in the order of the model.
+    pub sites: Vec<Site>,
+}
+
+impl Outline {
+    /// The place called `at`.
+    pub fn site(&self, at: &str) -> Option<&Site> {
+        self.sites.iter().find(|site| site.at == at)
+    }
+}
+
+/// One injection under way: shared by all the places that one method attaches to.
+#[derive(Debug)]
+pub struct Injection<'a> {
+    /// The name of the adapter.
+    pub name: &'a str,
+    /// The model.
+    pub outline: &'a Outline,
+    /// Tensors that several places share, by a name of the method's own.
+    pub shared: State,
+}
+
+/// A configured method, ready to dress a model.
+pub trait Tuner: fmt::Debug + Send {
+    /// The value of `peft_type`.
+    fn peft_type(&self) -> &'static str;
+
+    /// The same method with everything filled in that only the model knows (default targets,
+    /// `all-linear`): what `adapter_config.json` then says. Checks what can be checked.
+    fn resolve(&self, outline: &Outline) -> Result<Box<dyn Tuner>>;
+
+    /// Whether this method acts on `site`. Asked everywhere before anything is attached.
+    fn wants(&self, site: &Site, outline: &Outline) -> Result<bool>;
+
+    /// Acts on a place it wants. After an error all places are undressed again.
+    fn attach(&self, at: &str, slot: Slot<'_>, injection: &mut Injection<'_>) -> Result<()>;
+
+    /// The content of `adapter_config.json`.
+    fn to_json(&self) -> Value;
+
+    /// The key of a parameter on disk. The default is what Python's `peft` writes for weight-space methods.
+    fn key(&self, at: &str, param: &str) -> String {
+        format!("base_model.model.{at}.{param}")
+    }
+}

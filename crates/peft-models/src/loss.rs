@@ -1,0 +1,97 @@
+//! Cross-entropy over a vocabulary without holding all of its scores.
+//!
+//! For n positions and V tokens the scores are n × V numbers: 100 MB for 512
+//! positions of GPT-2, as much again for their gradient, and most passes of a
+//! training step over memory. Here the head runs only where there is a label,
+//! some positions at a time, and since the gradient of the sum of losses
+//! with respect to the scores is softmax(z) − onehot(y), known as soon as z is,
+//! the gradient with respect to the hidden vectors is computed on the spot and
+//! the scores are dropped. The products are those of an ordinary
+//! forward and backward pass; only the memory is gone.
+//!
+//! A head that is itself trained needs its scores in the backward pass; then
+//! libtorch differentiates, chunk by chunk.
+
+use peft_core::{Ctx, Linear};
+use peft_torch::{Function, apply, cross_entropy_, vjp};
+use tch::{Kind, Reduction, TchError, Tensor};
+
+use crate::{Decoder, Input};
+
+/// The label of a position that does not count.
+pub const IGNORE: i64 = -100;
+
+/// Positions of the head that are in memory at once.
+const CHUNK: i64 = 256;
+
+/// Sum of the losses of the labelled positions, and how many there are.
+///
+/// labels: `[batch, seq]`, [`IGNORE`] where nothing is to be predicted; they are shifted here: position i
+/// predicts label i + 1, as `transformers` does. The sum is a scalar in fp32; divide it by the
+/// number of labels of the whole window for the mean that Hugging Face reports.
+pub fn causal_loss(model: &dyn Decoder, input: &Input, labels: &Tensor, ctx: Ctx) -> (Tensor, i64) {
+    let hidden = model.hidden(input, None, ctx);
+    let (rows, targets) = labelled(&hidden, labels);
+    let count = targets.size()[0];
+    if count == 0 {
+        return (hidden.sum(Kind::Float) * 0.0, 0);
+    }
+    (head_loss(model.head(), &rows, &targets, ctx), count)
+}
+
+/// The hidden vectors that predict something `[n, hidden]`, and what they predict `[n]`.
+pub fn labelled(hidden: &Tensor, labels: &Tensor) -> (Tensor, Tensor) {
+    let size = hidden.size();
+    let (seq, width) = (size[1], size[2]);
+    let next = labels.narrow(1, 1, seq - 1); // [batch, seq - 1]
+    let last = Tensor::full([size[0], 1], IGNORE, (Kind::Int64, labels.device()));
+    let targets = Tensor::cat(&[&next, &last], 1).view([-1]); // [batch · seq]
+    let at = targets.ne(IGNORE).nonzero().view([-1]);
+    let rows = hidden.reshape([-1, width]).index_select(0, &at);
+    (rows, targets.index_select(0, &at))
+}
+
+/// Sum of cross-entropies of `head(rows)` against `targets`; rows: `[n, hidden]`, targets: `[n]`.
+pub fn head_loss(head: &Linear, rows: &Tensor, targets: &Tensor, ctx: Ctx) -> Tensor {
+    if head.is_adapted() {
+        let chunks = rows.split(CHUNK, 0).into_iter().zip(targets.split(CHUNK, 0));
+        let losses = chunks.map(|(rows, targets)| {
+            let logits = head.forward(&rows, ctx).to_kind(Kind::Float);
+            logits.cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE, 0.0)
+        });
+        return losses.reduce(|a, b| a + b).expect("at least one chunk");
+    }
+    let wanted = rows.requires_grad();
+    let [loss] = apply(&[rows], || {
+        let mut sum = Tensor::zeros([0i64; 0], (Kind::Float, rows.device()));
+        let mut grads = Vec::new();
+        for (rows, targets) in rows.split(CHUNK, 0).iter().zip(targets.split(CHUNK, 0)) {
+            let rows = rows.detach().set_requires_grad(wanted);
+            let logits = tch::with_grad(|| head.forward(&rows, ctx)); // [chunk, vocab]
+            let mut scores = logits.detach();
+            let losses = cross_entropy_(&mut scores, &targets); // scores hold their gradient now
+            sum += losses.sum(Kind::Float);
+            if wanted {
+                let grad = vjp(&[&logits], &[&scores], &[&rows]).expect("a product");
+                grads.extend(grad.into_iter().flatten());
+            }
+        }
+        let grad = wanted.then(|| Tensor::cat(&grads, 0));
+        ([sum], HeadLoss(grad))
+    });
+    loss
+}
+
+/// Holds the gradient of the sum with respect to the rows.
+struct HeadLoss(Option<Tensor>);
+
+impl Function for HeadLoss {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let both = grads[0].as_ref().zip(self.0.as_ref());
+        Ok(vec![both.map(|(g, rows)| rows * g.to_kind(rows.kind()))])
+    }
+}

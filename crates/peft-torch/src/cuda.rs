@@ -1,0 +1,105 @@
+//! The CUDA half of libtorch, loaded when it is wanted.
+//!
+//! The program links `libtorch_cpu` and `libc10` only, so it starts on a
+//! machine without a GPU. Kernels for CUDA register themselves when
+//! `libtorch_cuda.so` is loaded; that is all a program needs to do to gain
+//! them. The two halves must come from one build.
+
+use std::{
+    ffi::{CStr, CString},
+    path::{Path, PathBuf},
+};
+
+/// Why there is no CUDA.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No second half was found.
+    #[error(
+        "no libtorch_cuda.so beside the libtorch in use ({cpu}); install a CUDA build of torch 2.11.0 and run `cargo xtask setup` in its environment, or point PEFT_LIBTORCH_CUDA at the folder of its libraries"
+    )]
+    Missing {
+        /// Where it was looked for.
+        cpu: String,
+    },
+    /// The halves are of different builds.
+    #[error("{cuda} belongs to another build of libtorch than {cpu}: take both from one package")]
+    Mismatch {
+        /// The CUDA half found.
+        cuda: PathBuf,
+        /// The half in use.
+        cpu: PathBuf,
+    },
+    /// The system's loader refused.
+    #[error("{path}: {text}")]
+    Load {
+        /// What was to be loaded.
+        path: PathBuf,
+        /// What the loader says.
+        text: String,
+    },
+    /// Loaded, but there is no device.
+    #[error("libtorch has CUDA support, but finds no GPU or no driver")]
+    NoDevice,
+}
+
+/// Makes CUDA devices usable: loads the library if it is not loaded and checks for a device.
+pub fn load() -> Result<(), Error> {
+    if tch::Cuda::is_available() {
+        return Ok(());
+    }
+    if !tch::utils::has_cuda() {
+        let path = find()?;
+        open(&path)?;
+    }
+    if tch::Cuda::is_available() {
+        Ok(())
+    } else {
+        Err(Error::NoDevice)
+    }
+}
+
+fn find() -> Result<PathBuf, Error> {
+    // Touch libtorch, so that it is among the mapped files.
+    let _ = tch::utils::has_cuda();
+    let beside = crate::memory::libtorch_folder();
+    let cpu = beside.clone().unwrap_or_default().join("libtorch_cpu.so");
+    let named = std::env::var_os("PEFT_LIBTORCH_CUDA").map(PathBuf::from);
+    let folders = named.iter().chain(beside.iter());
+    let found = folders
+        .map(|folder| folder.join("libtorch_cuda.so"))
+        .find(|path| path.exists())
+        .ok_or_else(|| Error::Missing {
+            cpu: cpu.display().to_string(),
+        })?;
+    if same_build(&cpu, &found.with_file_name("libtorch_cpu.so")) {
+        Ok(found)
+    } else {
+        Err(Error::Mismatch { cuda: found, cpu })
+    }
+}
+
+/// Whether two CPU halves are the same file: of one length, which no two builds share.
+fn same_build(a: &Path, b: &Path) -> bool {
+    let len = |path: &Path| std::fs::metadata(path).map(|it| it.len()).ok();
+    len(a).is_some() && len(a) == len(b)
+}
+
+fn open(path: &Path) -> Result<(), Error> {
+    let failed = |text: String| Error::Load {
+        path: path.to_owned(),
+        text,
+    };
+    let name = CString::new(path.as_os_str().as_encoded_bytes())
+        .map_err(|_| failed("a path with a NUL byte".into()))?;
+    // SAFETY: a valid path; the library's constructors only register kernels.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    if handle.is_null() {
+        // SAFETY: after a failure dlerror gives a string, or null.
+        let text = unsafe {
+            let text = libc::dlerror();
+            (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+        };
+        return Err(failed(text.unwrap_or_else(|| "cannot be loaded".into())));
+    }
+    Ok(())
+}

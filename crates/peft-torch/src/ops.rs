@@ -1,0 +1,180 @@
+//! Steps of a transformer that libtorch takes in several passes over memory.
+//!
+//! On the processor these are bound by memory, not by arithmetic: a norm
+//! written with `square`, `mean`, `rsqrt`, `mul`, `mul` reads and writes its
+//! activations five times. The kernels here read once and write once, and
+//! their backward recomputes what is cheap instead of saving it. On any other
+//! device, dtype or layout the same formula is written with libtorch's
+//! operations: the result is the same, only slower.
+
+use crate::{Function, apply, ffi};
+use tch::{Device, Kind, TchError, Tensor};
+
+/// RMSNorm (1910.07467): `y = x / √(mean(x²) + eps) · w`; x: `[.., d]`, w: `[d]`.
+pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Tensor {
+    let fits = w.kind() == x.kind() && w.is_contiguous() && !w.requires_grad();
+    if !(fits && native(x)) {
+        let f = x.to_kind(Kind::Float);
+        let mean = f.square().mean_dim([-1i64].as_slice(), true, Kind::Float);
+        return (f * (mean + eps).rsqrt()).to_kind(x.kind()) * w;
+    }
+    let [y] = apply(&[x], || {
+        let x = x.contiguous();
+        let [y, rstd] = ffi::rms_norm(&x, w, eps).expect("checked above");
+        let saved = RmsNorm {
+            x: x.detach(),
+            w: w.shallow_clone(),
+            rstd,
+        };
+        ([y], saved)
+    });
+    y
+}
+
+struct RmsNorm {
+    x: Tensor,
+    w: Tensor,
+    rstd: Tensor,
+}
+
+impl Function for RmsNorm {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let dx = |g: &Tensor| ffi::rms_norm_backward(&g.contiguous(), &self.x, &self.w, &self.rstd);
+        Ok(vec![grads[0].as_ref().map(dx).transpose()?])
+    }
+}
+
+/// Rotary position embedding (2104.09864), halves rotated as Hugging Face does.
+///
+/// x: `[batch, seq, heads, d]`; cos, sin: `[batch or 1, seq, rot / 2]` in fp32
+/// with `rot <= d`: the first `rot` components turn, the rest pass.
+pub fn rope(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    if !native(x) {
+        return rope_slow(x, cos, sin);
+    }
+    let half = cos.size()[2];
+    let [cos, sin] = [cos, sin].map(|t| t.reshape([-1, half]).contiguous());
+    let [y] = apply(&[x], || {
+        let y = ffi::rope(&x.contiguous(), &cos, &sin, false).expect("checked above");
+        ([y], Rope { cos, sin })
+    });
+    y
+}
+
+fn rope_slow(x: &Tensor, cos: &Tensor, sin: &Tensor) -> Tensor {
+    let (half, d) = (cos.size()[2], x.size()[3]);
+    let [cos, sin] = [cos, sin].map(|t| t.unsqueeze(2).to_kind(x.kind())); // [b, seq, 1, half]
+    let (a, b) = (x.narrow(-1, 0, half), x.narrow(-1, half, half));
+    let mut parts = vec![&a * &cos - &b * &sin, &b * &cos + &a * &sin];
+    if d > 2 * half {
+        parts.push(x.narrow(-1, 2 * half, d - 2 * half));
+    }
+    Tensor::cat(&parts, -1)
+}
+
+struct Rope {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Function for Rope {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let dx = |g: &Tensor| ffi::rope(&g.contiguous(), &self.cos, &self.sin, true);
+        Ok(vec![grads[0].as_ref().map(dx).transpose()?])
+    }
+}
+
+/// SwiGLU (2002.05202): `silu(gate) · up`, elementwise over one shape.
+pub fn swiglu(gate: &Tensor, up: &Tensor) -> Tensor {
+    if !(native(gate) && native(up) && gate.kind() == up.kind()) {
+        return gate.silu() * up;
+    }
+    let [y] = apply(&[gate, up], || {
+        let (a, u) = (gate.contiguous(), up.contiguous());
+        let y = ffi::swiglu(&a, &u).expect("checked above");
+        ([y], SwiGlu(a.detach(), u.detach()))
+    });
+    y
+}
+
+struct SwiGlu(Tensor, Tensor);
+
+impl Function for SwiGlu {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let Some(g) = &grads[0] else {
+            return Ok(vec![None, None]);
+        };
+        let both = ffi::swiglu_backward(&g.contiguous(), &self.0, &self.1)?;
+        Ok(both.map(Some).into())
+    }
+}
+
+/// GELU (1606.08415) in its tanh form, which Hugging Face calls `gelu_new`.
+pub fn gelu_tanh(x: &Tensor) -> Tensor {
+    if !native(x) {
+        return x.gelu("tanh");
+    }
+    let [y] = apply(&[x], || {
+        let x = x.contiguous();
+        let y = ffi::gelu_tanh(&x).expect("checked above");
+        ([y], GeluTanh(x.detach()))
+    });
+    y
+}
+
+struct GeluTanh(Tensor);
+
+impl Function for GeluTanh {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let dx = |g: &Tensor| ffi::gelu_tanh_backward(&g.contiguous(), &self.0);
+        Ok(vec![grads[0].as_ref().map(dx).transpose()?])
+    }
+}
+
+/// Cross-entropy of scores z: `[n, vocab]` against targets: `[n]`; gives the losses `[n]` in fp32.
+///
+/// Afterwards `z` holds the gradient of the sum of losses: softmax(z) − onehot(target). No graph.
+///
+/// # Panics
+/// If a target is not below the size of the vocabulary, or the shapes do not fit.
+pub fn cross_entropy_(z: &mut Tensor, targets: &Tensor) -> Tensor {
+    let _off = tch::no_grad_guard();
+    if native(z) && z.is_contiguous() {
+        return ffi::cross_entropy(z, &targets.contiguous()).expect("targets below the vocabulary");
+    }
+    let at = targets.unsqueeze(1);
+    let logs = z.log_softmax(-1, Kind::Float);
+    let losses = -logs.gather(1, &at, false).squeeze_dim(1);
+    let one = Tensor::ones_like(&at).to_kind(Kind::Float);
+    z.copy_(&(logs.exp().scatter_add(1, &at, &-one)));
+    losses
+}
+
+/// `x wᵀ + b` for few rows, at the speed of reading `w`; x: `[m, in]`, w: `[out, in]`. No gradient.
+///
+/// # Panics
+/// If the tensors are not contiguous on the processor, in one of fp32 and bf16, or do not fit.
+pub fn gemv(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Tensor {
+    ffi::gemv(x, w, b).expect("two contiguous matrices that fit")
+}
+
+/// Whether the kernels take this tensor.
+fn native(x: &Tensor) -> bool {
+    x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16) && x.numel() > 0
+}

@@ -1,0 +1,25 @@
+//! The state of libtorch's random generators.
+//!
+//! Dropout masks and initial values come from here, so a run that is to
+//! continue to the same bits saves this beside its weights.
+
+use crate::ffi;
+use tch::{Device, TchError, Tensor};
+
+/// The state of the default generator of `device`, as opaque bytes (`uint8`, one dimension).
+pub fn state(device: Device) -> Result<Tensor, TchError> {
+    ffi::rng_get(index(device)?)
+}
+
+/// Puts a state back that [`state`] has given. A state of another kind of device is an error.
+pub fn set_state(device: Device, state: &Tensor) -> Result<(), TchError> {
+    ffi::rng_set(index(device)?, &state.to_device(Device::Cpu))
+}
+
+fn index(device: Device) -> Result<i32, TchError> {
+    match device {
+        Device::Cpu => Ok(-1),
+        Device::Cuda(i) => Ok(i as i32),
+        other => Err(TchError::Torch(format!("no random state for {other:?}"))),
+    }
+}
