@@ -659,7 +659,9 @@ fn llama3_scaling(gguf: &Gguf, keys: &Keys<'_>, head_dim: usize) -> Result<Value
         let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
         1.0 / ((1.0 - smooth) / f64::from(factor) + smooth)
     };
-    match (0..found.len()).find(|i| (f64::from(found[*i]) / expected(*i) - 1.0).abs() > 1e-3) {
+    // written so that NaN does not agree
+    let agrees = |i: usize| (f64::from(found[i]) / expected(i) - 1.0).abs() < 1e-3;
+    match (0..found.len()).find(|i| !agrees(*i)) {
         None => Ok(json!({
             "rope_type": "llama3",
             "factor": factor,

@@ -329,3 +329,62 @@ pub(crate) fn write_json(path: &Path, value: &Value) -> Result<()> {
 pub(crate) fn write_text(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).map_err(|e| Error::io(path, "write", e))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rounds to the nearest of two neighbours that are `step` apart, ties to the even multiple.
+    fn nearest_even(x: f64, step: f64) -> f64 {
+        (x / step).round_ties_even() * step
+    }
+
+    #[test]
+    fn sixteen_bits_are_rounded_to_nearest_even() {
+        // ties in both directions, their neighbours, and values all over the range
+        let mut values: Vec<f32> = (0..4096).map(|i| 1.0 + i as f32 / 16384.0).collect();
+        values.extend([0.0, -0.0, 1e-7, 3.1e-5, -6.1e-5, 65504.0, 65519.9, -1.5e-8]);
+        let noise = (0..20_000u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761)));
+        values.extend(noise.filter(|x| x.abs() < 65519.0));
+        let check = |dtype: Dtype, bits: i32, smallest: i32, decode: fn([u8; 2]) -> f32| {
+            let mut bytes = Vec::new();
+            dtype.encode(&values, &mut bytes);
+            for (x, b) in values.iter().zip(bytes.as_chunks().0) {
+                let exponent = (f64::from(x.abs()).log2().floor() as i32).max(smallest);
+                let want = nearest_even(f64::from(*x), 2f64.powi(exponent - bits));
+                let got = f64::from(decode(*b));
+                assert_eq!(got.to_bits(), want.to_bits(), "{x:e} as {dtype:?}");
+            }
+        };
+        check(Dtype::F16, 10, -14, |b| f16::from_le_bytes(b).to_f32());
+        check(Dtype::BF16, 7, -126, |b| bf16::from_le_bytes(b).to_f32());
+    }
+
+    #[test]
+    fn large_models_become_shards_with_an_index() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/gguf");
+        let view = HfView::new(Gguf::open(&fixtures.join("qwen3.gguf")).unwrap()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        // the embedding (333 × 16 values) alone is above the limit
+        let mut seen = 0;
+        let bytes = write_weights(&view, dir.path(), Dtype::BF16, 5000, &mut |done, _, _| {
+            seen += 1;
+            assert_eq!(done, seen);
+        })
+        .unwrap();
+        let read = |name: &str| fs::read(dir.path().join(name)).unwrap();
+        let index: Value = serde_json::from_slice(&read("model.safetensors.index.json")).unwrap();
+        assert_eq!(index["metadata"]["total_size"], bytes);
+        let map = index["weight_map"].as_object().unwrap();
+        assert_eq!(map.len(), view.names().len());
+        let files: std::collections::BTreeSet<_> =
+            map.values().map(|v| v.as_str().unwrap()).collect();
+        assert!(files.len() > 2);
+        for file in files {
+            let bytes = read(file);
+            let shard = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            assert!(shard.len() == 1 || bytes.len() < 5000 + 2000);
+            assert!(shard.names().iter().all(|name| map[*name] == *file));
+        }
+    }
+}
