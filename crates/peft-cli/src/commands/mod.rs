@@ -1,0 +1,13 @@
+//! The verbs, one file each: `Args` says what can be typed, `run` does it.
+
+pub(crate) mod chat;
+pub(crate) mod check;
+pub(crate) mod completions;
+pub(crate) mod data;
+pub(crate) mod eval;
+pub(crate) mod forward;
+pub(crate) mod generate;
+pub(crate) mod import;
+pub(crate) mod info;
+pub(crate) mod merge;
+pub(crate) mod train;
