@@ -15,6 +15,7 @@ mod demo;
 mod dist;
 mod libtorch;
 mod model;
+mod new_method;
 mod paths;
 mod python;
 mod readme;
@@ -55,6 +56,8 @@ enum Task {
     Fixtures(reference::FixturesArgs),
     /// Exchange files with Python's `peft` both ways and compare the numbers
     Interop(reference::InteropArgs),
+    /// Start a new method: a crate that compiles and obeys the laws
+    NewMethod(new_method::Args),
     /// Check what of the house rules a program can check
     Tidy(tidy::Args),
     /// All that must pass before a change goes in: format, lints, docs, tidy, tests
@@ -78,6 +81,7 @@ fn run(task: Task) -> Result<()> {
         Task::Bench(args) => bench::bench(&args),
         Task::Fixtures(args) => reference::fixtures(&args),
         Task::Interop(args) => reference::interop(&args),
+        Task::NewMethod(args) => new_method::new_method(&args),
         Task::Tidy(args) => tidy::tidy(&args),
         Task::Ci => check::ci(),
     }

@@ -5,21 +5,19 @@ use anyhow::{Context, Result, bail};
 use std::io::ErrorKind;
 use std::process::{Command, ExitStatus, Output};
 
-/// `cargo` in the root of the repository, always with the libtorch of `target/libtorch`.
+/// `cargo` in the root of the repository, in the environment that plain cargo commands have.
 ///
-/// A `LIBTORCH` of the user's is behind `target/libtorch` already; if it were passed on, plain cargo commands
-/// without it would compile the bindings a second time.
+/// A `LIBTORCH` of the user's is behind `target/libtorch` already, which `.cargo/config.toml` names; if it were
+/// passed on, the next plain cargo command would compile the bindings a second time.
 pub(crate) fn cargo(args: &[&str]) -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
     command
         .args(args)
         .current_dir(paths::root())
-        .env("LIBTORCH", paths::libtorch());
-    // Cargo set these for this program, not for the next cargo.
-    command
-        .env_remove("CARGO_MANIFEST_DIR")
-        .env_remove("CARGO_PKG_NAME");
+        .env_remove("LIBTORCH");
+    // Cargo set this for this program, not for the next cargo.
+    command.env_remove("CARGO_MANIFEST_DIR");
     command
 }
 

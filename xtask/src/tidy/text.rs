@@ -324,7 +324,7 @@ mod tests {
         );
         assert_eq!(
             lines(&unsafe_places(&repo("crates/peft-lora/src/lib.rs", text))),
-            [2, 4]
+            [2, 4, 6]
         );
     }
 
