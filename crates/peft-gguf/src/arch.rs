@@ -12,7 +12,7 @@
 //!   interleaved in the file. Row `2i + p` of a head there is row `p · d/2 + i` here.
 //! - *Transposed* (`gpt2`): GPT-2's `Conv1D` keeps its weight as [in, out], GGUF as [out, in].
 //!
-//! Metadata keys of the architecture that are not in [`KNOWN`] are refused by name: each key that
+//! Metadata keys of the architecture that are not in a list here are refused by name: each key that
 //! llama.cpp ever added under an architecture changes what the model computes.
 
 use crate::error::{Error, Result, nearest, shown};
@@ -51,16 +51,11 @@ pub(crate) enum Layout {
     Transposed,
 }
 
-/// Architecture keys that are understood, without their `llama.` prefix.
+/// Architecture keys that are understood in every architecture, without their `llama.` prefix.
 const KNOWN: &[&str] = &[
     "attention.causal",
     "attention.head_count",
     "attention.head_count_kv",
-    "attention.key_length",
-    "attention.layer_norm_epsilon",
-    "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window",
-    "attention.value_length",
     "block_count",
     "context_length",
     "embedding_length",
@@ -68,8 +63,23 @@ const KNOWN: &[&str] = &[
     "expert_used_count",
     "feed_forward_length",
     "pooling_type",
+    "tensor_data_layout",
+    "use_parallel_residual",
+    "vocab_size",
+];
+
+/// Keys that GPT-2 has besides.
+const KNOWN_GPT2: &[&str] = &["attention.layer_norm_epsilon"];
+
+/// Keys that the Llama family has besides.
+const KNOWN_LLAMA: &[&str] = &[
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attention.value_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.scale_linear",
     "rope.scaling.attn_factor",
     "rope.scaling.factor",
     "rope.scaling.finetuned",
@@ -79,10 +89,6 @@ const KNOWN: &[&str] = &[
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
     "rope.scaling.yarn_ext_factor",
-    "rope.scale_linear",
-    "tensor_data_layout",
-    "use_parallel_residual",
-    "vocab_size",
 ];
 
 /// Understands the file, or says what about it cannot be.
@@ -110,13 +116,16 @@ pub(crate) fn plan(gguf: &Gguf) -> Result<Plan> {
             return Err(Error::key(meta.path(), key, problem));
         }
     };
-    keys.refuse_unknown()?;
+    keys.refuse_unknown(match family {
+        Some(_) => KNOWN_LLAMA,
+        None => KNOWN_GPT2,
+    })?;
     let (mut config, table) = match family {
         Some(family) => llama(gguf, &keys, family)?,
         None => gpt2(gguf, &keys)?,
     };
     check(gguf, &table)?;
-    let vocab = table.vocab(gguf)?;
+    let vocab = gguf.tensor("token_embd.weight")?.shape[0];
     let generation = token_ids(meta, vocab, &mut config)?;
     Ok(Plan {
         config: Value::Object(config),
@@ -125,13 +134,24 @@ pub(crate) fn plan(gguf: &Gguf) -> Result<Plan> {
     })
 }
 
-/// A GGUF file can also hold a LoRA adapter, a vision tower, or the third part of seven.
+/// A GGUF file can also hold a LoRA adapter, a vision tower, blocks of another age, or the third part
+/// of seven.
 fn refuse_other_kinds(meta: &Metadata) -> Result<()> {
     if let Some(kind) = meta.text("general.type")?
         && kind != "model"
     {
         let problem = format!("expected `model`, got `{}`", shown(kind));
         return Err(Error::key(meta.path(), "general.type", problem));
+    }
+    if let Some(version) = meta.integer("general.quantization_version")?
+        && version != 2
+    {
+        let problem = format!("block formats of version {version}, this build reads version 2");
+        return Err(Error::key(
+            meta.path(),
+            "general.quantization_version",
+            problem,
+        ));
     }
     match meta.integer("split.count")? {
         None | Some(0 | 1) => Ok(()),
@@ -162,16 +182,17 @@ impl Keys<'_> {
         Err(Error::key(self.path(), &self.full(key), problem))
     }
 
-    fn refuse_unknown(&self) -> Result<()> {
+    fn refuse_unknown(&self, own: &[&str]) -> Result<()> {
         let prefix = self.full("");
+        let known = || KNOWN.iter().chain(own).copied();
         for (key, value) in self.meta.iter() {
             if let Some(name) = key.strip_prefix(&prefix)
-                && !KNOWN.contains(&name)
+                && !known().any(|k| k == name)
             {
                 let problem = format!(
                     "{} is not understood and may change what the model computes{}",
                     value.describe(),
-                    nearest(name, KNOWN.iter().copied())
+                    nearest(name, known())
                 );
                 return Err(Error::key(self.path(), key, problem));
             }
@@ -246,11 +267,6 @@ impl Table {
             shape: shape.to_vec(),
             layout,
         });
-    }
-
-    /// Rows of the embedding, which every table has first.
-    fn vocab(&self, gguf: &Gguf) -> Result<usize> {
-        Ok(gguf.tensor("token_embd.weight")?.shape[0])
     }
 }
 
@@ -679,13 +695,6 @@ fn llama3_scaling(gguf: &Gguf, keys: &Keys<'_>, head_dim: usize) -> Result<Value
 }
 
 fn gpt2(gguf: &Gguf, keys: &Keys<'_>) -> Result<(Map<String, Value>, Table)> {
-    for (key, _) in keys.meta.iter() {
-        if let Some(name) = key.strip_prefix("gpt2.")
-            && (name.starts_with("rope.scaling") || name.ends_with("sliding_window"))
-        {
-            return keys.wrong(name, "GPT-2 has no such setting");
-        }
-    }
     let layers = blocks(gguf, keys)?;
     let hidden = keys.size("embedding_length")?;
     let inner = keys.size("feed_forward_length")?;
@@ -770,25 +779,35 @@ fn gpt2(gguf: &Gguf, keys: &Keys<'_>) -> Result<(Map<String, Value>, Table)> {
     Ok((config, table))
 }
 
-/// Puts the special ids into `config` and returns `generation_config.json`. A second end token
-/// (`eot`: the end of a turn, where `eos` ends the text) stops generation too.
+/// Puts the special ids into `config` and returns `generation_config.json`. The end of a turn (`eot`)
+/// and of a message (`eom`) stop generation like the end of the text (`eos`).
 fn token_ids(meta: &Metadata, vocab: usize, config: &mut Map<String, Value>) -> Result<Value> {
-    let id = |name: &str| -> Result<Value> { Ok(token_id(meta, name, vocab)?.into()) };
-    let (bos, eos, pad) = (id("bos")?, id("eos")?, id("padding")?);
-    let eot = id("eot")?;
+    let tokens = meta.texts("tokenizer.ggml.tokens")?.unwrap_or_default();
+    if tokens.len() > vocab {
+        let problem = format!(
+            "{} tokens, but the embedding has {vocab} rows",
+            tokens.len()
+        );
+        return Err(Error::key(meta.path(), "tokenizer.ggml.tokens", problem));
+    }
     let mut generation = object(json!({"_from_model_config": true}));
-    for (name, value) in [
-        ("bos_token_id", &bos),
-        ("eos_token_id", &eos),
-        ("pad_token_id", &pad),
+    for (role, name) in [
+        ("bos", "bos_token_id"),
+        ("eos", "eos_token_id"),
+        ("padding", "pad_token_id"),
     ] {
-        config.insert(name.into(), value.clone());
-        if !value.is_null() {
-            generation.insert(name.into(), value.clone());
+        let id = token_id(meta, role, vocab)?;
+        config.insert(name.into(), id.into());
+        if let Some(id) = id {
+            generation.insert(name.into(), id.into());
         }
     }
-    if !eot.is_null() && !eos.is_null() && eot != eos {
-        generation.insert("eos_token_id".into(), json!([eos, eot]));
+    let mut ends = Vec::new();
+    for role in ["eos", "eot", "eom"] {
+        ends.extend(token_id(meta, role, vocab)?.filter(|id| !ends.contains(id)));
+    }
+    if ends.len() > 1 {
+        generation.insert("eos_token_id".into(), ends.into());
     }
     Ok(Value::Object(generation))
 }

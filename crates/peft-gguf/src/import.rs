@@ -170,12 +170,21 @@ impl Staging {
                 problem: "expected the name of a new folder".into(),
             });
         };
-        let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(name);
-        hidden.push(format!(".{}.partial", std::process::id()));
-        let path = out.with_file_name(hidden);
-        fs::create_dir_all(&path).map_err(|e| Error::io(&path, "create", e))?;
-        Ok(Staging { path })
+        let parent = out.parent().filter(|p| !p.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new("."));
+        fs::create_dir_all(parent).map_err(|e| Error::io(parent, "create", e))?;
+        // what an interrupted process left behind may be in the way
+        (0..)
+            .find_map(|n: u32| {
+                let name = name.to_string_lossy();
+                let path = parent.join(format!(".{name}.{}.{n}.partial", std::process::id()));
+                match fs::create_dir(&path) {
+                    Ok(()) => Some(Ok(Staging { path })),
+                    Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => None,
+                    Err(e) => Some(Err(Error::io(&path, "create", e))),
+                }
+            })
+            .expect("some number is free")
     }
 
     fn rename(self, out: &Path) -> Result<()> {

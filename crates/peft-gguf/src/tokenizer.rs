@@ -53,6 +53,27 @@ pub fn write_tokenizer(gguf: &Gguf, dir: &Path) -> Result<()> {
     if let Some(template) = meta.text(TEMPLATE)? {
         write_text(&dir.join("chat_template.jinja"), template)?;
     }
+    write_named_templates(meta, dir)
+}
+
+/// Templates with a name (`tool_use`, `rag`), where `transformers` looks for them. The name becomes a
+/// file name, so it has to be one word.
+fn write_named_templates(meta: &Metadata, dir: &Path) -> Result<()> {
+    const FOLDER: &str = "additional_chat_templates";
+    let prefix = format!("{TEMPLATE}.");
+    let keys = meta.iter().map(|(key, _)| key);
+    for name in keys.filter_map(|key| key.strip_prefix(&prefix)) {
+        let key = format!("{prefix}{name}");
+        let word = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+        if name.is_empty() || name.len() > 64 || !name.chars().all(word) {
+            let problem = "the name of a template has 1 to 64 letters, digits, `_` and `-`";
+            return Err(Error::key(meta.path(), &key, problem));
+        }
+        let folder = dir.join(FOLDER);
+        std::fs::create_dir_all(&folder).map_err(|e| Error::io(&folder, "create", e))?;
+        let template = meta.required(&key, meta.text(&key)?)?;
+        write_text(&folder.join(format!("{name}.jinja")), template)?;
+    }
     Ok(())
 }
 
@@ -270,6 +291,18 @@ const SPLITTINGS: &[Splitting] = &[
         pre_tokenizer: |prefix| {
             words(
                 r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+                prefix,
+            )
+        },
+        ignore_merges: true,
+        add_bos: true,
+    },
+    Splitting {
+        names: &["tekken"],
+        normalizer: || Value::Null,
+        pre_tokenizer: |prefix| {
+            words(
+                r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
                 prefix,
             )
         },

@@ -358,6 +358,38 @@ fn a_missing_extra_or_mis_shaped_tensor_is_named() {
         "`llama.vocab_size`: says 8, but `token_embd.weight` has 3 rows",
     );
     check(
+        &|w| {
+            w.keys.push((
+                "general.quantization_version".into(),
+                4,
+                1u32.to_le_bytes().into(),
+            ))
+        },
+        "`general.quantization_version`: block formats of version 1",
+    );
+    check(
+        &|w| {
+            w.keys
+                .push(("split.count".into(), 4, 3u32.to_le_bytes().into()))
+        },
+        "`split.count`: one of 3 parts",
+    );
+    check(
+        &|w| {
+            w.keys
+                .push(("general.type".into(), 8, crate::support::string("adapter")))
+        },
+        "`general.type`: expected `model`, got `adapter`",
+    );
+    check(
+        &|w| {
+            let tokens = "abcd".chars().map(String::from).collect();
+            let mut more = Writer::new().key("tokenizer.ggml.tokens", Kv::Texts(tokens));
+            w.keys.append(&mut more.keys);
+        },
+        "`tokenizer.ggml.tokens`: 4 tokens, but the embedding has 3 rows",
+    );
+    check(
         &|w| w.keys[1].2 = u32::MAX.to_le_bytes().into(),
         "`llama.block_count`",
     );

@@ -73,16 +73,43 @@ fn roles_and_template_are_written() {
     assert_eq!(tokenizer.get_vocab_size(true), 333);
 }
 
-/// A byte-level vocabulary of `a`, `b`, `ab` and `<s>`, with one thing changed.
-fn changed(key: &str, value: Option<Kv<'_>>) -> String {
+#[test]
+fn named_templates_get_files_but_not_any_name() {
+    let write = |name: &str| {
+        let (dir, path) = tiny()
+            .key(
+                &format!("tokenizer.chat_template.{name}"),
+                Kv::Text("{{ x }}"),
+            )
+            .file();
+        let result = write_tokenizer(&Gguf::open(&path).unwrap(), dir.path());
+        (dir, result.map_err(|e| e.to_string()))
+    };
+    let (dir, result) = write("tool_use");
+    result.unwrap();
+    let file = dir.path().join("additional_chat_templates/tool_use.jinja");
+    assert_eq!(fs::read_to_string(file).unwrap(), "{{ x }}");
+    for name in ["", "../../etc/x", "a/b", "a.b", &"a".repeat(65)] {
+        let error = write(name).1.unwrap_err();
+        assert!(error.contains("the name of a template"), "{error}");
+    }
+}
+
+/// A byte-level vocabulary of `a`, `b`, `ab` and `<s>`.
+fn tiny() -> Writer {
     let texts = |all: &[&str]| Kv::Texts(all.iter().map(|t| t.to_string()).collect());
-    let mut writer = Writer::new()
+    Writer::new()
         .key("general.architecture", Kv::Text("llama"))
         .key("tokenizer.ggml.model", Kv::Text("gpt2"))
         .key("tokenizer.ggml.pre", Kv::Text("smollm"))
         .key("tokenizer.ggml.tokens", texts(&["a", "b", "ab", "<s>"]))
         .key("tokenizer.ggml.token_type", Kv::Ints(vec![1, 1, 1, 3]))
-        .key("tokenizer.ggml.merges", texts(&["a b"]));
+        .key("tokenizer.ggml.merges", texts(&["a b"]))
+}
+
+/// What is said about [`tiny`] with one thing changed.
+fn changed(key: &str, value: Option<Kv<'_>>) -> String {
+    let mut writer = tiny();
     writer.keys.retain(|k| k.0 != key);
     if let Some(value) = value {
         writer = writer.key(key, value);
