@@ -15,6 +15,9 @@
 //! Metadata keys of the architecture that are not in a list here are refused by name: each key that
 //! llama.cpp ever added under an architecture changes what the model computes.
 
+mod gpt2;
+mod llama;
+
 use crate::error::{Error, Result, nearest, shown};
 use crate::file::Gguf;
 use crate::metadata::{Array, Metadata, Value as Meta};
@@ -68,28 +71,8 @@ const KNOWN: &[&str] = &[
     "vocab_size",
 ];
 
-/// Keys that GPT-2 has besides.
-const KNOWN_GPT2: &[&str] = &["attention.layer_norm_epsilon"];
-
-/// Keys that the Llama family has besides.
-const KNOWN_LLAMA: &[&str] = &[
-    "attention.key_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.sliding_window",
-    "attention.value_length",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.attn_factor",
-    "rope.scaling.factor",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",
-    "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_ext_factor",
-];
+/// The configuration and the tensors of one architecture.
+type Build = fn(&Gguf, &Keys<'_>) -> Result<(Map<String, Value>, Table)>;
 
 /// Understands the file, or says what about it cannot be.
 pub(crate) fn plan(gguf: &Gguf) -> Result<Plan> {
@@ -100,11 +83,11 @@ pub(crate) fn plan(gguf: &Gguf) -> Result<Plan> {
         meta,
         arch: meta.required(key, meta.text(key)?)?,
     };
-    let family = match keys.arch {
-        "llama" => Some(Family::LLAMA),
-        "qwen2" => Some(Family::QWEN2),
-        "qwen3" => Some(Family::QWEN3),
-        "gpt2" => None,
+    let build: Build = match keys.arch {
+        "llama" => |gguf, keys| llama::build(gguf, keys, llama::LLAMA),
+        "qwen2" => |gguf, keys| llama::build(gguf, keys, llama::QWEN2),
+        "qwen3" => |gguf, keys| llama::build(gguf, keys, llama::QWEN3),
+        "gpt2" => gpt2::build,
         other => {
             let known = ["llama", "qwen2", "qwen3", "gpt2"];
             let problem = format!(
@@ -116,14 +99,7 @@ pub(crate) fn plan(gguf: &Gguf) -> Result<Plan> {
             return Err(Error::key(meta.path(), key, problem));
         }
     };
-    keys.refuse_unknown(match family {
-        Some(_) => KNOWN_LLAMA,
-        None => KNOWN_GPT2,
-    })?;
-    let (mut config, table) = match family {
-        Some(family) => llama(gguf, &keys, family)?,
-        None => gpt2(gguf, &keys)?,
-    };
+    let (mut config, table) = build(gguf, &keys)?;
     check(gguf, &table)?;
     let vocab = gguf.tensor("token_embd.weight")?.shape[0];
     let generation = token_ids(meta, vocab, &mut config)?;
@@ -247,27 +223,60 @@ impl Keys<'_> {
 #[derive(Default)]
 struct Table {
     tensors: Vec<Mapped>,
+    /// Tensors of the file that became part of the configuration.
+    consumed: Vec<&'static str>,
 }
 
 impl Table {
+    /// One tensor that is stored as it is.
     fn add(&mut self, hf: impl Into<String>, gguf: impl Into<String>, shape: &[usize]) {
-        self.lay(hf, gguf, shape, Layout::Same);
-    }
-
-    fn lay(
-        &mut self,
-        hf: impl Into<String>,
-        gguf: impl Into<String>,
-        shape: &[usize],
-        layout: Layout,
-    ) {
         self.tensors.push(Mapped {
             hf: hf.into(),
             gguf: gguf.into(),
-            shape: shape.to_vec(),
-            layout,
+            shape: shape.into(),
+            layout: Layout::Same,
         });
     }
+
+    /// The weight [out, in] of a linear layer (of a transposed one: [in, out]), and its bias [out].
+    fn linear(&mut self, hf: &str, gguf: &str, linear: &Linear) {
+        let Linear {
+            out,
+            inp,
+            bias,
+            layout,
+        } = *linear;
+        let shape = match layout {
+            Layout::Transposed => [inp, out],
+            _ => [out, inp],
+        };
+        self.tensors.push(Mapped {
+            hf: format!("{hf}.weight"),
+            gguf: format!("{gguf}.weight"),
+            shape: shape.into(),
+            layout,
+        });
+        if bias {
+            self.tensors.push(Mapped {
+                hf: format!("{hf}.bias"),
+                gguf: format!("{gguf}.bias"),
+                shape: vec![out],
+                // the bias of a transposed layer has nothing to transpose
+                layout: match layout {
+                    Layout::Transposed => Layout::Same,
+                    other => other,
+                },
+            });
+        }
+    }
+}
+
+/// The shape of a linear layer, and how its weight is stored.
+struct Linear {
+    out: usize,
+    inp: usize,
+    bias: bool,
+    layout: Layout,
 }
 
 /// Every tensor of the table is in the file with its shape, and the file has no other.
@@ -284,8 +293,7 @@ fn check(gguf: &Gguf, table: &Table) -> Result<()> {
         }
     }
     let wanted: HashSet<&str> = table.tensors.iter().map(|t| t.gguf.as_str()).collect();
-    // consumed by the configuration
-    let read = |name: &str| wanted.contains(name) || name == ROPE_FREQS;
+    let read = |name: &str| wanted.contains(name) || table.consumed.contains(&name);
     match gguf.tensors().find(|info| !read(&info.name)) {
         None => Ok(()),
         Some(extra) => {
@@ -326,457 +334,6 @@ fn vocab_size(gguf: &Gguf, keys: &Keys<'_>, width: usize) -> Result<usize> {
         ),
         _ => Ok(rows),
     }
-}
-
-/// What sets the members of the Llama family apart.
-#[derive(Clone, Copy)]
-struct Family {
-    model_type: &'static str,
-    class: &'static str,
-    /// Rows of query and key are interleaved in the file.
-    rotary: bool,
-    /// Query, key and value have biases (and the output projection has none).
-    qkv_bias: bool,
-    /// Query and key are normalised per head.
-    qk_norm: bool,
-}
-
-impl Family {
-    const LLAMA: Family = Family {
-        model_type: "llama",
-        class: "LlamaForCausalLM",
-        rotary: true,
-        qkv_bias: false,
-        qk_norm: false,
-    };
-    /// A Llama with a window over its attention; GGUF has no architecture of its own for it.
-    const MISTRAL: Family = Family {
-        model_type: "mistral",
-        class: "MistralForCausalLM",
-        ..Family::LLAMA
-    };
-    const QWEN2: Family = Family {
-        model_type: "qwen2",
-        class: "Qwen2ForCausalLM",
-        rotary: false,
-        qkv_bias: true,
-        qk_norm: false,
-    };
-    const QWEN3: Family = Family {
-        model_type: "qwen3",
-        class: "Qwen3ForCausalLM",
-        rotary: false,
-        qkv_bias: false,
-        qk_norm: true,
-    };
-}
-
-fn llama(gguf: &Gguf, keys: &Keys<'_>, family: Family) -> Result<(Map<String, Value>, Table)> {
-    let window = keys.integer("attention.sliding_window")?.filter(|n| *n > 0);
-    let family = match window {
-        None => family,
-        Some(_) if family.model_type == "llama" => Family::MISTRAL,
-        Some(n) => {
-            return keys.wrong(
-                "attention.sliding_window",
-                format!("{n} cannot be honoured"),
-            );
-        }
-    };
-    let layers = blocks(gguf, keys)?;
-    let hidden = keys.size("embedding_length")?;
-    let inner = keys.size("feed_forward_length")?;
-    let heads = keys.size("attention.head_count")?;
-    let kv_heads = keys.size_or("attention.head_count_kv", heads)?;
-    let head_dim = head_dim(keys, hidden, heads)?;
-    let vocab = vocab_size(gguf, keys, hidden)?;
-    if !heads.is_multiple_of(kv_heads) {
-        let problem = format!("{kv_heads} heads cannot serve {heads} query heads evenly");
-        return keys.wrong("attention.head_count_kv", problem);
-    }
-
-    let tied = !gguf.has("output.weight");
-    let attention_bias = !family.qkv_bias && gguf.has("blk.0.attn_q.bias");
-    let mlp_bias = gguf.has("blk.0.ffn_gate.bias");
-    let mut config = object(json!({
-        "architectures": [family.class],
-        "model_type": family.model_type,
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": keys.size("context_length")?,
-        "rms_norm_eps": keys.positive("attention.layer_norm_rms_epsilon")?,
-        "rope_theta": rope_theta(keys)?,
-        "rope_scaling": rope_scaling(gguf, keys, head_dim)?,
-        "tie_word_embeddings": tied,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": true,
-    }));
-    match family.model_type {
-        "llama" => {
-            config.insert("attention_bias".into(), attention_bias.into());
-            config.insert("mlp_bias".into(), mlp_bias.into());
-        }
-        "mistral" => {
-            config.insert("sliding_window".into(), window.into());
-        }
-        // Qwen's window is off unless a configuration turns it on, which GGUF cannot say
-        _ => {
-            config.insert("use_sliding_window".into(), false.into());
-            config.insert("sliding_window".into(), Value::Null);
-        }
-    }
-    if family.model_type == "qwen3" {
-        config.insert("attention_bias".into(), attention_bias.into());
-    }
-
-    let rotary = |heads| match family.rotary {
-        true => Layout::Rotary { heads },
-        false => Layout::Same,
-    };
-    // which of the optional biases there are, where `transformers` has a setting for them
-    let bias_q = family.qkv_bias || attention_bias && family.model_type != "mistral";
-    let bias_o = attention_bias && family.model_type != "mistral";
-    let bias_mlp = mlp_bias && family.model_type == "llama";
-    let (q, kv) = (
-        product(keys, heads, head_dim)?,
-        product(keys, kv_heads, head_dim)?,
-    );
-    let mut table = Table::default();
-    table.add(
-        "model.embed_tokens.weight",
-        "token_embd.weight",
-        &[vocab, hidden],
-    );
-    for n in 0..layers {
-        let hf = format!("model.layers.{n}");
-        let blk = format!("blk.{n}");
-        let mut linear = |to: &str, from: &str, out, inp, bias: bool, layout| {
-            table.lay(
-                format!("{hf}.{to}.weight"),
-                format!("{blk}.{from}.weight"),
-                &[out, inp],
-                layout,
-            );
-            if bias {
-                table.lay(
-                    format!("{hf}.{to}.bias"),
-                    format!("{blk}.{from}.bias"),
-                    &[out],
-                    layout,
-                );
-            }
-        };
-        linear(
-            "self_attn.q_proj",
-            "attn_q",
-            q,
-            hidden,
-            bias_q,
-            rotary(heads),
-        );
-        linear(
-            "self_attn.k_proj",
-            "attn_k",
-            kv,
-            hidden,
-            bias_q,
-            rotary(kv_heads),
-        );
-        linear(
-            "self_attn.v_proj",
-            "attn_v",
-            kv,
-            hidden,
-            bias_q,
-            Layout::Same,
-        );
-        linear(
-            "self_attn.o_proj",
-            "attn_output",
-            hidden,
-            q,
-            bias_o,
-            Layout::Same,
-        );
-        linear(
-            "mlp.gate_proj",
-            "ffn_gate",
-            inner,
-            hidden,
-            bias_mlp,
-            Layout::Same,
-        );
-        linear(
-            "mlp.up_proj",
-            "ffn_up",
-            inner,
-            hidden,
-            bias_mlp,
-            Layout::Same,
-        );
-        linear(
-            "mlp.down_proj",
-            "ffn_down",
-            hidden,
-            inner,
-            bias_mlp,
-            Layout::Same,
-        );
-        let mut norm = |to: &str, from: &str, size| {
-            table.add(
-                format!("{hf}.{to}.weight"),
-                format!("{blk}.{from}.weight"),
-                &[size],
-            );
-        };
-        if family.qk_norm {
-            norm("self_attn.q_norm", "attn_q_norm", head_dim);
-            norm("self_attn.k_norm", "attn_k_norm", head_dim);
-        }
-        norm("input_layernorm", "attn_norm", hidden);
-        norm("post_attention_layernorm", "ffn_norm", hidden);
-    }
-    table.add("model.norm.weight", "output_norm.weight", &[hidden]);
-    if !tied {
-        table.add("lm_head.weight", "output.weight", &[vocab, hidden]);
-    }
-    Ok((config, table))
-}
-
-/// Values of all heads together.
-fn product(keys: &Keys<'_>, heads: usize, head_dim: usize) -> Result<usize> {
-    match heads.checked_mul(head_dim) {
-        Some(n) => Ok(n),
-        None => keys.wrong(
-            "attention.key_length",
-            format!("{heads} × {head_dim} is too much"),
-        ),
-    }
-}
-
-/// Values of one head, all of which must be rotated.
-fn head_dim(keys: &Keys<'_>, hidden: usize, heads: usize) -> Result<usize> {
-    let head_dim = match keys.integer("attention.key_length")? {
-        Some(_) => keys.size("attention.key_length")?,
-        None if hidden.is_multiple_of(heads) => hidden / heads,
-        None => {
-            let problem = format!("{heads} heads do not divide {hidden} values");
-            return keys.wrong("attention.head_count", problem);
-        }
-    };
-    if !head_dim.is_multiple_of(2) {
-        let problem = format!("{head_dim} values in a head cannot be rotated in pairs");
-        return keys.wrong("attention.head_count", problem);
-    }
-    for (key, what) in [
-        ("attention.value_length", "values of another size"),
-        (
-            "rope.dimension_count",
-            "a rotary embedding of part of a head",
-        ),
-    ] {
-        let size = keys.size_or(key, head_dim)?;
-        if size != head_dim {
-            let problem = format!("{size}, where a head has {head_dim}: {what} cannot be honoured");
-            return keys.wrong(key, problem);
-        }
-    }
-    Ok(head_dim)
-}
-
-fn rope_theta(keys: &Keys<'_>) -> Result<f64> {
-    match keys.float("rope.freq_base")? {
-        None => Ok(10_000.0),
-        Some(_) => keys.positive("rope.freq_base"),
-    }
-}
-
-/// Llama 3 keeps its RoPE scaling as one factor for each pair of a head.
-const ROPE_FREQS: &str = "rope_freqs.weight";
-
-/// `rope_scaling` of `config.json`: null, or what changes the rotary embedding and how.
-fn rope_scaling(gguf: &Gguf, keys: &Keys<'_>, head_dim: usize) -> Result<Value> {
-    for (key, neutral) in [
-        ("rope.scaling.attn_factor", 1.0),
-        ("rope.scaling.yarn_attn_factor", 1.0),
-        ("rope.scaling.yarn_ext_factor", 1.0),
-        ("rope.scale_linear", 1.0),
-    ] {
-        let value = keys.float(key)?.unwrap_or(neutral);
-        // ggml writes -1 for "as the scaling type has it"
-        if value != neutral && !(key.ends_with("ext_factor") && value < 0.0) {
-            return keys.wrong(key, format!("{value} cannot be honoured"));
-        }
-    }
-    let key = "rope.scaling.type";
-    let kind = keys.meta.text(&keys.full(key))?.unwrap_or("none");
-    if gguf.has(ROPE_FREQS) {
-        if kind != "none" {
-            let problem = format!("`{}` and the tensor `{ROPE_FREQS}` at once", shown(kind));
-            return keys.wrong(key, problem);
-        }
-        return llama3_scaling(gguf, keys, head_dim);
-    }
-    let factor = || keys.positive("rope.scaling.factor");
-    match kind {
-        "none" => Ok(Value::Null),
-        "linear" => Ok(json!({"rope_type": "linear", "factor": factor()?})),
-        "yarn" => {
-            let original = keys.size("rope.scaling.original_context_length")?;
-            let mut yarn = object(json!({
-                "rope_type": "yarn",
-                "factor": factor()?,
-                "original_max_position_embeddings": original,
-            }));
-            for beta in ["beta_fast", "beta_slow"] {
-                if let Some(value) = keys.float(&format!("rope.scaling.yarn_{beta}"))? {
-                    yarn.insert(beta.into(), value.into());
-                }
-            }
-            Ok(Value::Object(yarn))
-        }
-        other => {
-            let problem = format!("`{}`, this build knows none, linear, yarn", shown(other));
-            keys.wrong(key, problem)
-        }
-    }
-}
-
-/// Llama 3's scaling, recovered from its factors. `config.json` has the four numbers they were
-/// computed from: `factor` is the largest of them; the others have been 1, 4 and 8192 in every
-/// Llama release. They are written only if they yield the very factors of the file.
-fn llama3_scaling(gguf: &Gguf, keys: &Keys<'_>, head_dim: usize) -> Result<Value> {
-    let found = gguf.dequantise(ROPE_FREQS)?;
-    let wrong = |problem: String| Err(Error::tensor(gguf.path(), ROPE_FREQS, problem));
-    if found.len() != head_dim / 2 {
-        return wrong(format!(
-            "expected {} factors, got {}",
-            head_dim / 2,
-            found.len()
-        ));
-    }
-    if found.iter().all(|f| *f == 1.0) {
-        return Ok(Value::Null);
-    }
-    let factor = found.iter().copied().fold(1.0, f32::max);
-    let (low, high) = (1.0, 4.0);
-    let original = keys.size_or("rope.scaling.original_context_length", 8192)?;
-    let theta = rope_theta(keys)?;
-    let expected = |i: usize| {
-        let frequency = theta.powf(-2.0 * i as f64 / head_dim as f64);
-        let turns = original as f64 * frequency / std::f64::consts::TAU;
-        let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-        1.0 / ((1.0 - smooth) / f64::from(factor) + smooth)
-    };
-    // written so that NaN does not agree
-    let agrees = |i: usize| (f64::from(found[i]) / expected(i) - 1.0).abs() < 1e-3;
-    match (0..found.len()).find(|i| !agrees(*i)) {
-        None => Ok(json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        })),
-        Some(i) => wrong(format!(
-            "factor {i} is {}, where a Llama 3 scaling of {factor} over {original} positions has {}; \
-             `config.json` cannot express other ones",
-            found[i],
-            expected(i)
-        )),
-    }
-}
-
-fn gpt2(gguf: &Gguf, keys: &Keys<'_>) -> Result<(Map<String, Value>, Table)> {
-    let layers = blocks(gguf, keys)?;
-    let hidden = keys.size("embedding_length")?;
-    let inner = keys.size("feed_forward_length")?;
-    let heads = keys.size("attention.head_count")?;
-    let positions = keys.size("context_length")?;
-    let vocab = vocab_size(gguf, keys, hidden)?;
-    if !hidden.is_multiple_of(heads) {
-        let problem = format!("{heads} heads do not divide {hidden} values");
-        return keys.wrong("attention.head_count", problem);
-    }
-    if keys.size_or("attention.head_count_kv", heads)? != heads {
-        return keys.wrong(
-            "attention.head_count_kv",
-            "GPT-2 has as many as query heads",
-        );
-    }
-    let tied = !gguf.has("output.weight");
-    let config = object(json!({
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": vocab,
-        "n_positions": positions,
-        "n_ctx": positions,
-        "n_embd": hidden,
-        "n_layer": layers,
-        "n_head": heads,
-        "n_inner": inner,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": keys.positive("attention.layer_norm_epsilon")?,
-        "attn_pdrop": 0.1,
-        "embd_pdrop": 0.1,
-        "resid_pdrop": 0.1,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": tied,
-        "use_cache": true,
-    }));
-
-    let mut table = Table::default();
-    table.add(
-        "transformer.wte.weight",
-        "token_embd.weight",
-        &[vocab, hidden],
-    );
-    table.add(
-        "transformer.wpe.weight",
-        "position_embd.weight",
-        &[positions, hidden],
-    );
-    for n in 0..layers {
-        let (hf, blk) = (format!("transformer.h.{n}"), format!("blk.{n}"));
-        let conv = [
-            ("attn.c_attn", "attn_qkv", hidden, 3 * hidden),
-            ("attn.c_proj", "attn_output", hidden, hidden),
-            ("mlp.c_fc", "ffn_up", hidden, inner),
-            ("mlp.c_proj", "ffn_down", inner, hidden),
-        ];
-        for (to, from, inp, out) in conv {
-            let (to, from) = (format!("{hf}.{to}"), format!("{blk}.{from}"));
-            table.lay(
-                format!("{to}.weight"),
-                format!("{from}.weight"),
-                &[inp, out],
-                Layout::Transposed,
-            );
-            table.add(format!("{to}.bias"), format!("{from}.bias"), &[out]);
-        }
-        for (to, from) in [("ln_1", "attn_norm"), ("ln_2", "ffn_norm")] {
-            for part in ["weight", "bias"] {
-                table.add(
-                    format!("{hf}.{to}.{part}"),
-                    format!("{blk}.{from}.{part}"),
-                    &[hidden],
-                );
-            }
-        }
-    }
-    table.add("transformer.ln_f.weight", "output_norm.weight", &[hidden]);
-    table.add("transformer.ln_f.bias", "output_norm.bias", &[hidden]);
-    if !tied {
-        table.add("lm_head.weight", "output.weight", &[vocab, hidden]);
-    }
-    Ok((config, table))
 }
 
 /// Puts the special ids into `config` and returns `generation_config.json`. The end of a turn (`eot`)
