@@ -47,9 +47,6 @@ pub trait Decoder: Model {
     fn max_positions(&self) -> i64;
     /// `config.json`, as it would be saved.
     fn config(&self) -> &serde_json::Value;
-    /// The base weights under their names on disk, in the layout of the disk (a merged model is saved with these).
-    fn state(&self, visit: &mut dyn FnMut(&str, &Tensor));
-
     /// Scores for every position: `[batch, seq] -> [batch, seq, vocab]`.
     fn forward(&self, input: &Input, ctx: Ctx) -> Tensor {
         self.head().forward(&self.hidden(input, None, ctx), ctx)

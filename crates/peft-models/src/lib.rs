@@ -1,7 +1,46 @@
 //! GPT-2 and the Llama family, built from any source of weights.
+//!
+//! A model here is written once. It asks a [`peft_core::Weights`] for its
+//! layers and holds [`peft_core::Linear`], [`peft_core::Embedding`] and
+//! [`peft_core::Norm`], which know nothing of it; so it is neither dense nor
+//! quantised, neither plain nor adapted, but whatever was put in.
+//!
+//! ```no_run
+//! use peft_core::Ctx;
+//! use peft_models::{Input, OpenOptions, open};
+//! use tch::Tensor;
+//!
+//! let model = open("path/to/model", OpenOptions::default())?;
+//! let ids = Tensor::from_slice(&[1i64, 2, 3]).unsqueeze(0); // [batch, seq]
+//! let logits = model.forward(&Input::new(ids), Ctx::EVAL); // [batch, seq, vocab]
+//! # Ok::<(), peft_core::Error>(())
+//! ```
+//!
+//! Numbers are those of `transformers`; names, shapes and files as well.
 
+mod activation;
+mod attention;
+mod build;
+mod checkpoint;
+mod config;
 mod decoder;
+mod generate;
+mod gpt2;
+mod hub;
+mod llama;
 mod loss;
+mod open;
+mod rope;
+mod save;
 
+pub use activation::Activation;
+pub use checkpoint::Checkpoint;
+pub use config::{Gpt2Config, LlamaConfig};
 pub use decoder::{Cache, Decoder, Input};
+pub use generate::{Answer, GenerateError, Memory, Sampling, Stop, converse, generate};
+pub use gpt2::Gpt2;
+pub use llama::Llama;
 pub use loss::{IGNORE, causal_loss, head_loss, labelled};
+pub use open::{MODEL_TYPES, OpenOptions, Source, open, open_source};
+pub use rope::Rope;
+pub use save::{parameters, save, save_sharded};

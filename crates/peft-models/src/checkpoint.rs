@@ -1,0 +1,187 @@
+//! Weights from a Hugging Face folder or a GGUF file.
+//!
+//! Files are memory-mapped; each tensor is read once, on its way into the
+//! model, and converted there if another dtype is wanted. A model loads
+//! without a second copy of itself.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+use peft_core::{Error, Result, Weights, files, nearest, tensors::Mapped};
+use peft_gguf::HfView;
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+/// On-disk name of unsharded weights.
+pub(crate) const SINGLE: &str = "model.safetensors";
+/// On-disk name of the list of shards.
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// Buffers that old versions of `transformers` saved and nobody reads.
+const IGNORED: &[&str] = &[".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
+
+/// The weights of a model on disk.
+#[derive(Debug)]
+pub struct Checkpoint {
+    source: Source,
+    place: PathBuf,
+    kind: Option<Kind>,
+    device: Device,
+    taken: BTreeSet<String>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Safetensors {
+        files: Vec<Mapped>,
+        /// Which file holds a tensor.
+        index: BTreeMap<String, usize>,
+    },
+    Gguf(Box<HfView>),
+}
+
+impl Checkpoint {
+    /// Opens the weights of a folder. `kind`: the dtype of the model; `None`: as stored.
+    pub fn open(dir: &Path, kind: Option<Kind>, device: Device) -> Result<Checkpoint> {
+        let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
+        let (files, index) = if single.exists() {
+            let file = Mapped::open(&single)?;
+            let index = file.names().map(|name| (name.to_owned(), 0)).collect();
+            (vec![file], index)
+        } else if index.exists() {
+            shards(dir, &index)?
+        } else {
+            let pickle = dir.join("pytorch_model.bin").exists();
+            let hint = if pickle {
+                "; `pytorch_model.bin` is a pickle, which can run code when it is read: save the model as safetensors"
+            } else {
+                ""
+            };
+            let reason = format!("no `{SINGLE}` and no `{INDEX}` in this folder{hint}");
+            return Err(Error::file(dir, reason));
+        };
+        Ok(Checkpoint {
+            source: Source::Safetensors { files, index },
+            place: dir.to_owned(),
+            kind,
+            device,
+            taken: BTreeSet::new(),
+        })
+    }
+
+    /// The weights of a GGUF file; `kind` as in [`Checkpoint::open`], where `None` means fp32.
+    pub fn gguf(view: HfView, path: &Path, kind: Option<Kind>, device: Device) -> Checkpoint {
+        Checkpoint {
+            source: Source::Gguf(Box::new(view)),
+            place: path.to_owned(),
+            kind,
+            device,
+            taken: BTreeSet::new(),
+        }
+    }
+
+    /// Checks that nothing is left that no layer took.
+    pub fn finish(self) -> Result<()> {
+        let names = self.names();
+        let mut left = names.iter().filter(|name| {
+            !self.taken.contains(*name) && !IGNORED.iter().any(|it| name.ends_with(it))
+        });
+        let Some(first) = left.next() else {
+            return Ok(());
+        };
+        Err(Error::Unexpected {
+            place: self.place.display().to_string(),
+            count: 1 + left.count(),
+            key: first.clone(),
+            hint: nearest(first, self.taken.iter().map(String::as_str)),
+        })
+    }
+
+    fn names(&self) -> Vec<String> {
+        match &self.source {
+            Source::Safetensors { index, .. } => index.keys().cloned().collect(),
+            Source::Gguf(view) => view.names(),
+        }
+    }
+
+    fn read(&self, key: &str) -> Result<Tensor> {
+        match &self.source {
+            Source::Safetensors { files, index } => files[index[key]].tensor(key),
+            Source::Gguf(view) => {
+                let shape: Vec<i64> = view
+                    .shape(key)
+                    .unwrap_or_default()
+                    .iter()
+                    .map(|&d| d as i64)
+                    .collect();
+                let values = view.tensor(key).map_err(|e| Error::file(&self.place, e))?;
+                Ok(Tensor::from_slice(&values).view(shape.as_slice()))
+            }
+        }
+    }
+}
+
+impl Weights for Checkpoint {
+    fn tensor(&mut self, key: &str, shape: &[i64]) -> Result<Tensor> {
+        if !self.has(key) {
+            let names = self.names();
+            return Err(Error::Missing {
+                place: self.place.display().to_string(),
+                key: key.to_owned(),
+                hint: nearest(key, names.iter().map(String::as_str)),
+            });
+        }
+        let tensor = self.read(key)?;
+        if tensor.size() != shape {
+            return Err(Error::Shape {
+                key: key.to_owned(),
+                expected: shape.to_owned(),
+                got: tensor.size(),
+            });
+        }
+        if !matches!(tensor.kind(), Kind::Float | Kind::BFloat16 | Kind::Half | Kind::Double) {
+            let reason = format!("`{key}` is of type {:?}, expected floating point", tensor.kind());
+            return Err(Error::file(&self.place, reason));
+        }
+        self.taken.insert(key.to_owned());
+        let kind = self.kind.unwrap_or(tensor.kind());
+        Ok(tensor.f_to_device_(self.device, kind, false, false)?)
+    }
+
+    fn has(&self, key: &str) -> bool {
+        match &self.source {
+            Source::Safetensors { index, .. } => index.contains_key(key),
+            Source::Gguf(view) => view.shape(key).is_some(),
+        }
+    }
+}
+
+fn shards(dir: &Path, path: &Path) -> Result<(Vec<Mapped>, BTreeMap<String, usize>)> {
+    let json = files::read_json(path)?;
+    let map = json.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| Error::file(path, "`weight_map` is missing or no object"))?;
+    let mut opened: BTreeMap<&str, usize> = BTreeMap::new();
+    let (mut files, mut index) = (Vec::<Mapped>::new(), BTreeMap::new());
+    for (key, file) in map {
+        let name = file
+            .as_str()
+            .filter(|name| Path::new(name).components().count() == 1 && !name.starts_with('.'))
+            .ok_or_else(|| Error::file(path, format!("`{key}` is said to lie in {file}, which is no file name")))?;
+        let at = match opened.get(name) {
+            Some(&at) => at,
+            None => {
+                files.push(Mapped::open(&dir.join(name))?);
+                *opened.entry(name).or_insert(files.len() - 1)
+            }
+        };
+        if !files[at].has(key) {
+            let hint = nearest(key, files[at].names());
+            let reason = format!("`{key}` is said to lie in `{name}`, which lacks it{hint}");
+            return Err(Error::file(path, reason));
+        }
+        index.insert(key.clone(), at);
+    }
+    Ok((files, index))
+}

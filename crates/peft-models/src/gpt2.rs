@@ -1,0 +1,181 @@
+//! GPT-2.
+//!
+//! ```text
+//! x = E[ids] + P[positions]
+//! each layer:  x += c_proj · attention(c_attn · n(x))
+//!              x += c_proj · act(c_fc · n(x))
+//! logits = H · n(x)                                   n = LayerNorm
+//! ```
+//!
+//! Its linear layers are kept `[in, out]` on disk (`Conv1D` in `transformers`) and are transposed views here:
+//! everything else sees `[out, in]`.
+
+use peft_core::{Ctx, Embedding, Linear, Model, Norm, NormKind, Result, Slot, Spec, Weights};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    Cache, Decoder, Input,
+    attention::{Heads, Mask, attend, positions},
+    config::Gpt2Config,
+};
+
+/// A GPT-2.
+#[derive(Debug)]
+pub struct Gpt2 {
+    config: Gpt2Config,
+    tokens: Embedding,
+    places: Embedding,
+    blocks: Vec<Block>,
+    norm: Norm,
+    head: Linear,
+}
+
+#[derive(Debug)]
+struct Block {
+    norm1: Norm,
+    qkv: Linear,
+    out: Linear,
+    norm2: Norm,
+    fc: Linear,
+    proj: Linear,
+}
+
+impl Gpt2 {
+    /// Builds the model out of `weights`.
+    pub fn build(config: Gpt2Config, weights: &mut dyn Weights) -> Result<Gpt2> {
+        let c = &config;
+        // OpenAI's own checkpoint is one of the bare model: it lacks the first component of the names.
+        let root = if weights.has("transformer.wte.weight") { "transformer." } else { "" };
+        let tokens = weights.tensor(&format!("{root}wte.weight"), &[c.vocab, c.hidden])?;
+        let places = weights.tensor(&format!("{root}wpe.weight"), &[c.max_positions, c.hidden])?;
+        let blocks = (0..c.layers).map(|i| Block::build(c, &format!("{root}h.{i}"), weights));
+        let blocks = blocks.collect::<Result<_>>()?;
+        let norm = layer_norm(weights, &format!("{root}ln_f"), c)?;
+        let head = crate::build::head(weights, &tokens, c.tied)?;
+        Ok(Gpt2 {
+            tokens: Embedding::new(tokens),
+            places: Embedding::new(places),
+            blocks,
+            norm,
+            head,
+            config,
+        })
+    }
+
+    fn heads(&self, layer: usize) -> Heads {
+        let c = &self.config;
+        let width = ((c.hidden / c.heads) as f64).powf(-0.5);
+        let scale = if c.scale_by_width { width } else { 1.0 };
+        Heads {
+            queries: c.heads,
+            keys: c.heads,
+            scale: if c.scale_by_layer { scale / (layer + 1) as f64 } else { scale },
+            dropout: c.attn_dropout,
+        }
+    }
+}
+
+impl Block {
+    fn build(c: &Gpt2Config, at: &str, w: &mut dyn Weights) -> Result<Block> {
+        let h = c.hidden;
+        Ok(Block {
+            norm1: layer_norm(w, &format!("{at}.ln_1"), c)?,
+            qkv: w.linear_transposed(&format!("{at}.attn.c_attn"), (3 * h, h))?,
+            out: w.linear_transposed(&format!("{at}.attn.c_proj"), (h, h))?,
+            norm2: layer_norm(w, &format!("{at}.ln_2"), c)?,
+            fc: w.linear_transposed(&format!("{at}.mlp.c_fc"), (c.inner, h))?,
+            proj: w.linear_transposed(&format!("{at}.mlp.c_proj"), (h, c.inner))?,
+        })
+    }
+}
+
+fn layer_norm(w: &mut dyn Weights, at: &str, c: &Gpt2Config) -> Result<Norm> {
+    let weight = w.tensor(&format!("{at}.weight"), &[c.hidden])?;
+    let bias = w.tensor(&format!("{at}.bias"), &[c.hidden])?;
+    Ok(Norm::new(NormKind::Layer, weight, Some(bias), c.eps))
+}
+
+impl Decoder for Gpt2 {
+    fn hidden(&self, input: &Input, mut cache: Option<&mut Cache>, ctx: Ctx) -> Tensor {
+        let c = &self.config;
+        let past = cache.as_ref().map_or(0, |it| it.len());
+        let place = self.places.forward(&positions(input, past), ctx);
+        let mut x = self.tokens.forward(&input.ids, ctx) + place; // [batch, seq, hidden]
+        x = dropout(x, c.embd_dropout, ctx);
+        let mask = Mask::new(input, past, None, x.kind());
+        let size = x.size();
+        for (i, block) in self.blocks.iter().enumerate() {
+            let qkv = block.qkv.forward(&block.norm1.forward(&x), ctx); // [batch, seq, 3 · hidden]
+            let qkv = qkv.view([size[0], size[1], 3 * c.heads, c.hidden / c.heads]);
+            let mut parts = qkv.split(c.heads, 2).into_iter();
+            let parts = [(); 3].map(|()| parts.next().expect("three parts"));
+            let cache = cache.as_deref_mut().map(|it| (it, i));
+            let y = attend(self.heads(i), parts, &mask, cache, ctx);
+            x = dropout(block.out.forward(&y, ctx), c.resid_dropout, ctx) + x;
+            let inner = block.fc.forward(&block.norm2.forward(&x), ctx); // [batch, seq, inner]
+            let inner = c.activation.forward(&inner);
+            x = dropout(block.proj.forward(&inner, ctx), c.resid_dropout, ctx) + x;
+        }
+        if let Some(cache) = cache {
+            cache.advance(size[1]);
+        }
+        self.norm.forward(&x)
+    }
+
+    fn head(&self) -> &Linear {
+        &self.head
+    }
+    fn vocab(&self) -> i64 {
+        self.config.vocab
+    }
+    fn device(&self) -> Device {
+        self.tokens.device()
+    }
+    fn kind(&self) -> Kind {
+        self.tokens.weight().kind()
+    }
+    fn max_positions(&self) -> i64 {
+        self.config.max_positions
+    }
+    fn config(&self) -> &Value {
+        &self.config.json
+    }
+}
+
+fn dropout(x: Tensor, p: f64, ctx: Ctx) -> Tensor {
+    if ctx.train && p > 0.0 { x.dropout(p, true) } else { x }
+}
+
+impl Model for Gpt2 {
+    fn spec(&self) -> Spec {
+        let c = &self.config;
+        Spec {
+            model_type: "gpt2".into(),
+            hidden: c.hidden,
+            layers: c.layers,
+            kv_heads: c.heads,
+            head_dim: c.hidden / c.heads,
+            input_embedding: "transformer.wte".into(),
+            output_embedding: Some("lm_head".into()),
+            tied: c.tied,
+            transposed: true,
+        }
+    }
+
+    fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>)) {
+        visit("transformer.wte", Slot::Embedding(&mut self.tokens));
+        visit("transformer.wpe", Slot::Embedding(&mut self.places));
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            let at = format!("transformer.h.{i}");
+            visit(&format!("{at}.ln_1"), Slot::Norm(&mut block.norm1));
+            visit(&format!("{at}.attn.c_attn"), Slot::Linear(&mut block.qkv));
+            visit(&format!("{at}.attn.c_proj"), Slot::Linear(&mut block.out));
+            visit(&format!("{at}.ln_2"), Slot::Norm(&mut block.norm2));
+            visit(&format!("{at}.mlp.c_fc"), Slot::Linear(&mut block.fc));
+            visit(&format!("{at}.mlp.c_proj"), Slot::Linear(&mut block.proj));
+        }
+        visit("transformer.ln_f", Slot::Norm(&mut self.norm));
+        visit("lm_head", Slot::Linear(&mut self.head));
+    }
+}

@@ -1,0 +1,235 @@
+//! The Llama family (2302.13971) as one model with options: Llama, Mistral, Qwen 2, Qwen 3.
+//!
+//! ```text
+//! x = E[ids]
+//! each layer:  x += O · attention(rope(Q·n(x)), rope(K·n(x)), V·n(x))
+//!              x += D · (act(G·n(x)) · U·n(x))
+//! logits = H · n(x)                                   n = RMSNorm
+//! ```
+//!
+//! Qwen 2 has biases on Q, K, V; Qwen 3 a norm on each head of Q and K; Mistral and Qwen may look back
+//! through a window only. Names are those of `transformers`.
+
+use peft_core::{Ctx, Embedding, Linear, Model, Norm, NormKind, Result, Slot, Spec, Weights};
+use peft_torch::rope;
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    Cache, Decoder, Input,
+    attention::{Heads, Mask, attend, positions},
+    config::LlamaConfig,
+};
+
+/// A decoder of the Llama family.
+#[derive(Debug)]
+pub struct Llama {
+    config: LlamaConfig,
+    embed: Embedding,
+    layers: Vec<Layer>,
+    norm: Norm,
+    head: Linear,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_norm: Norm,
+    attention: Attention,
+    mlp_norm: Norm,
+    mlp: Mlp,
+}
+
+#[derive(Debug)]
+struct Attention {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    /// Norms on the heads of queries and keys.
+    qk_norm: Option<(Norm, Norm)>,
+}
+
+#[derive(Debug)]
+struct Mlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl Llama {
+    /// Builds the model out of `weights`.
+    pub fn build(config: LlamaConfig, weights: &mut dyn Weights) -> Result<Llama> {
+        let c = &config;
+        // A checkpoint of the bare model lacks the first component of the names.
+        let root = if weights.has("model.embed_tokens.weight") { "model." } else { "" };
+        let embed = weights.tensor(&format!("{root}embed_tokens.weight"), &[c.vocab, c.hidden])?;
+        let layers = (0..c.layers).map(|i| Layer::build(c, &format!("{root}layers.{i}"), weights));
+        let layers = layers.collect::<Result<_>>()?;
+        let norm = rms(weights, &format!("{root}norm"), c.hidden, c.eps)?;
+        let head = crate::build::head(weights, &embed, c.tied)?;
+        Ok(Llama {
+            embed: Embedding::new(embed),
+            layers,
+            norm,
+            head,
+            config,
+        })
+    }
+
+    fn attention(
+        &self,
+        layer: &Attention,
+        x: &Tensor,
+        turn: &(Tensor, Tensor),
+        mask: &Mask,
+        cache: Option<(&mut Cache, usize)>,
+        ctx: Ctx,
+    ) -> Tensor {
+        let c = &self.config;
+        let size = x.size();
+        let split = |y: Tensor, heads: i64| y.view([size[0], size[1], heads, c.head_dim]);
+        let mut q = split(layer.q.forward(x, ctx), c.heads);
+        let mut k = split(layer.k.forward(x, ctx), c.kv_heads);
+        let v = split(layer.v.forward(x, ctx), c.kv_heads);
+        if let Some((q_norm, k_norm)) = &layer.qk_norm {
+            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+        }
+        let (cos, sin) = turn;
+        let heads = Heads {
+            queries: c.heads,
+            keys: c.kv_heads,
+            scale: (c.head_dim as f64).powf(-0.5),
+            dropout: c.attention_dropout,
+        };
+        let y = attend(heads, [rope(&q, cos, sin), rope(&k, cos, sin), v], mask, cache, ctx);
+        layer.o.forward(&y, ctx)
+    }
+}
+
+impl Layer {
+    fn build(c: &LlamaConfig, at: &str, w: &mut dyn Weights) -> Result<Layer> {
+        let (h, d) = (c.hidden, c.head_dim);
+        let attn = |name: &str| format!("{at}.self_attn.{name}");
+        let mlp = |name: &str| format!("{at}.mlp.{name}");
+        let qk_norm = match c.qk_norm {
+            true => Some((rms(w, &attn("q_norm"), d, c.eps)?, rms(w, &attn("k_norm"), d, c.eps)?)),
+            false => None,
+        };
+        Ok(Layer {
+            input_norm: rms(w, &format!("{at}.input_layernorm"), h, c.eps)?,
+            attention: Attention {
+                q: w.linear(&attn("q_proj"), (c.heads * d, h), c.qkv_bias)?,
+                k: w.linear(&attn("k_proj"), (c.kv_heads * d, h), c.qkv_bias)?,
+                v: w.linear(&attn("v_proj"), (c.kv_heads * d, h), c.qkv_bias)?,
+                o: w.linear(&attn("o_proj"), (h, c.heads * d), c.output_bias)?,
+                qk_norm,
+            },
+            mlp_norm: rms(w, &format!("{at}.post_attention_layernorm"), h, c.eps)?,
+            mlp: Mlp {
+                gate: w.linear(&mlp("gate_proj"), (c.intermediate, h), c.mlp_bias)?,
+                up: w.linear(&mlp("up_proj"), (c.intermediate, h), c.mlp_bias)?,
+                down: w.linear(&mlp("down_proj"), (h, c.intermediate), c.mlp_bias)?,
+            },
+        })
+    }
+}
+
+fn rms(w: &mut dyn Weights, at: &str, width: i64, eps: f64) -> Result<Norm> {
+    let weight = w.tensor(&format!("{at}.weight"), &[width])?;
+    Ok(Norm::new(NormKind::Rms, weight, None, eps))
+}
+
+impl Decoder for Llama {
+    fn hidden(&self, input: &Input, mut cache: Option<&mut Cache>, ctx: Ctx) -> Tensor {
+        let past = cache.as_ref().map_or(0, |it| it.len());
+        let mut x = self.embed.forward(&input.ids, ctx); // [batch, seq, hidden]
+        let turn = self.config.rope.tables(&positions(input, past));
+        let whole = Mask::new(input, past, None, x.kind());
+        let window = self.config.windows.iter().flatten().next();
+        let window = window.map(|&w| Mask::new(input, past, Some(w), x.kind()));
+        for (i, layer) in self.layers.iter().enumerate() {
+            let mask = match (&window, self.config.windows[i]) {
+                (Some(mask), Some(_)) => mask,
+                _ => &whole,
+            };
+            let cache = cache.as_deref_mut().map(|it| (it, i));
+            let h = layer.input_norm.forward(&x);
+            x = self.attention(&layer.attention, &h, &turn, mask, cache, ctx) + x;
+            let h = layer.mlp_norm.forward(&x);
+            let (gate, up) = (layer.mlp.gate.forward(&h, ctx), layer.mlp.up.forward(&h, ctx));
+            let inner = self.config.activation.gated(&gate, &up); // [batch, seq, intermediate]
+            x = layer.mlp.down.forward(&inner, ctx) + x;
+        }
+        if let Some(cache) = cache {
+            cache.advance(input.ids.size()[1]);
+        }
+        self.norm.forward(&x)
+    }
+
+    fn head(&self) -> &Linear {
+        &self.head
+    }
+    fn vocab(&self) -> i64 {
+        self.config.vocab
+    }
+    fn device(&self) -> Device {
+        self.embed.device()
+    }
+    fn kind(&self) -> Kind {
+        self.embed.weight().kind()
+    }
+    fn max_positions(&self) -> i64 {
+        self.config.max_positions
+    }
+    fn config(&self) -> &Value {
+        &self.config.json
+    }
+}
+
+impl Model for Llama {
+    fn spec(&self) -> Spec {
+        let c = &self.config;
+        Spec {
+            model_type: c.model_type.clone(),
+            hidden: c.hidden,
+            layers: c.layers,
+            kv_heads: c.kv_heads,
+            head_dim: c.head_dim,
+            input_embedding: "model.embed_tokens".into(),
+            output_embedding: Some("lm_head".into()),
+            tied: c.tied,
+            transposed: false,
+        }
+    }
+
+    fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>)) {
+        visit("model.embed_tokens", Slot::Embedding(&mut self.embed));
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            let at = format!("model.layers.{i}");
+            let attn = &mut layer.attention;
+            for (name, linear) in [
+                ("q_proj", &mut attn.q),
+                ("k_proj", &mut attn.k),
+                ("v_proj", &mut attn.v),
+                ("o_proj", &mut attn.o),
+            ] {
+                visit(&format!("{at}.self_attn.{name}"), Slot::Linear(linear));
+            }
+            if let Some((q, k)) = &mut attn.qk_norm {
+                visit(&format!("{at}.self_attn.q_norm"), Slot::Norm(q));
+                visit(&format!("{at}.self_attn.k_norm"), Slot::Norm(k));
+            }
+            for (name, linear) in [
+                ("gate_proj", &mut layer.mlp.gate),
+                ("up_proj", &mut layer.mlp.up),
+                ("down_proj", &mut layer.mlp.down),
+            ] {
+                visit(&format!("{at}.mlp.{name}"), Slot::Linear(linear));
+            }
+            visit(&format!("{at}.input_layernorm"), Slot::Norm(&mut layer.input_norm));
+            visit(&format!("{at}.post_attention_layernorm"), Slot::Norm(&mut layer.mlp_norm));
+        }
+        visit("model.norm", Slot::Norm(&mut self.norm));
+        visit("lm_head", Slot::Linear(&mut self.head));
+    }
+}

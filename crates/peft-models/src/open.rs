@@ -1,0 +1,129 @@
+//! A model from wherever it lies: a folder, a GGUF file, or the hub.
+
+use std::path::{Path, PathBuf};
+
+use peft_core::{Error, Result, files};
+use peft_gguf::{Gguf, HfView};
+use serde_json::Value;
+use tch::{Device, Kind};
+
+use crate::{
+    Decoder,
+    checkpoint::Checkpoint,
+    config::{Gpt2Config, Keys, LlamaConfig},
+    gpt2::Gpt2,
+    hub,
+    llama::Llama,
+};
+
+/// How a model is to be loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenOptions {
+    /// The dtype to compute in; `None`: as stored (fp32 for GGUF).
+    pub kind: Option<Kind>,
+    /// Where to.
+    pub device: Device,
+}
+
+impl Default for OpenOptions {
+    fn default() -> OpenOptions {
+        OpenOptions {
+            kind: None,
+            device: Device::Cpu,
+        }
+    }
+}
+
+/// Where a model lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A Hugging Face folder.
+    Folder(PathBuf),
+    /// A GGUF file.
+    Gguf(PathBuf),
+}
+
+impl Source {
+    /// Finds what `name` means: a folder, a `.gguf` file, or an id on the hub, which is fetched into the usual cache.
+    pub fn find(name: &str) -> Result<Source> {
+        let path = Path::new(name);
+        if path.is_dir() {
+            return Ok(Source::Folder(path.to_owned()));
+        }
+        if path.is_file() {
+            if path.extension().is_some_and(|it| it.eq_ignore_ascii_case("gguf")) {
+                return Ok(Source::Gguf(path.to_owned()));
+            }
+            return Err(Error::file(path, "neither a model folder nor a .gguf file"));
+        }
+        if hub::is_id(name) {
+            return hub::fetch(name).map(Source::Folder);
+        }
+        Err(Error::file(path, "no such folder or file, and no hub id of the form OWNER/NAME"))
+    }
+
+    /// The folder or file.
+    pub fn path(&self) -> &Path {
+        match self {
+            Source::Folder(path) | Source::Gguf(path) => path,
+        }
+    }
+
+    /// `config.json`, or what it would be.
+    pub fn config(&self) -> Result<Value> {
+        match self {
+            Source::Folder(dir) => files::read_json(&dir.join("config.json")),
+            Source::Gguf(path) => Ok(view(path)?.config().clone()),
+        }
+    }
+}
+
+/// Loads a decoder from a folder, a GGUF file or the hub.
+pub fn open(name: &str, options: OpenOptions) -> Result<Box<dyn Decoder>> {
+    open_source(&Source::find(name)?, options)
+}
+
+/// Loads a decoder from where it lies.
+pub fn open_source(source: &Source, options: OpenOptions) -> Result<Box<dyn Decoder>> {
+    let OpenOptions { kind, device } = options;
+    match source {
+        Source::Folder(dir) => {
+            let path = dir.join("config.json");
+            let keys = Keys::new(files::read_json(&path)?, &path)?;
+            // Before the weights: a model of a kind that is not known says so, whatever its files.
+            known(&keys)?;
+            build(keys, Checkpoint::open(dir, kind, device)?)
+        }
+        Source::Gguf(path) => {
+            let view = view(path)?;
+            let keys = Keys::new(view.config().clone(), path)?;
+            let kind = kind.or(Some(Kind::Float));
+            build(keys, Checkpoint::gguf(view, path, kind, device))
+        }
+    }
+}
+
+fn view(path: &Path) -> Result<HfView> {
+    let fault = |error| Error::file(path, error);
+    HfView::new(Gguf::open(path).map_err(fault)?).map_err(fault)
+}
+
+/// The values of `model_type` that can be loaded.
+pub const MODEL_TYPES: &[&str] = &["gpt2", "llama", "mistral", "qwen2", "qwen3"];
+
+fn known(keys: &Keys) -> Result<&str> {
+    let found = keys.text("model_type")?.unwrap_or_default();
+    if MODEL_TYPES.contains(&found) {
+        return Ok(found);
+    }
+    Err(keys.fault("model_type", &format!("known are {MODEL_TYPES:?}")))
+}
+
+fn build(keys: Keys, mut weights: Checkpoint) -> Result<Box<dyn Decoder>> {
+    let model: Box<dyn Decoder> = match known(&keys)? {
+        "gpt2" => Box::new(Gpt2::build(Gpt2Config::read(&keys)?, &mut weights)?),
+        _ => Box::new(Llama::build(LlamaConfig::read(&keys)?, &mut weights)?),
+    };
+    weights.finish()?;
+    Ok(model)
+}

@@ -1,0 +1,188 @@
+//! A model folder that `transformers` loads.
+//!
+//! One file up to 5 GB, shards with an index above, as `save_pretrained` does
+//! it. The folder is written beside its place and renamed when it is whole;
+//! tensors go to the disk one at a time.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::{BufWriter, Write},
+    path::{Path, PathBuf},
+};
+
+use peft_core::{
+    Error, ModelExt, Result, Slot, files,
+    tensors::{Bytes, dtype},
+};
+use serde_json::{Map, Value, json};
+use tch::Tensor;
+
+use crate::{
+    Decoder,
+    checkpoint::{INDEX, SINGLE},
+};
+
+/// The largest file, in bytes, that `transformers` writes by default.
+const SHARD: u64 = 5_000_000_000;
+
+/// Writes the base (with whatever was merged into it) to `dir`, which must not exist or be empty.
+///
+/// `besides` are files to be copied along: the tokenizer, the generation settings.
+pub fn save(model: &mut dyn Decoder, dir: &Path, besides: &[PathBuf]) -> Result<()> {
+    save_sharded(model, dir, besides, SHARD)
+}
+
+/// [`save`] with another limit for one file.
+pub fn save_sharded(
+    model: &mut dyn Decoder,
+    dir: &Path,
+    besides: &[PathBuf],
+    limit: u64,
+) -> Result<()> {
+    if dir.read_dir().is_ok_and(|mut it| it.next().is_some()) {
+        return Err(Error::file(dir, "exists and is not empty; choose another folder"));
+    }
+    let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let partial = dir.with_file_name(format!(".{name}.{}.partial", std::process::id()));
+    let written = fs::create_dir_all(&partial)
+        .map_err(Error::io(&partial))
+        .and_then(|()| fill(model, &partial, besides, limit))
+        .and_then(|()| {
+            // An empty folder is in the way of a rename on some systems.
+            let _ = fs::remove_dir(dir);
+            fs::rename(&partial, dir).map_err(Error::io(dir))
+        });
+    if written.is_err() {
+        let _ = fs::remove_dir_all(&partial);
+    }
+    written
+}
+
+fn fill(model: &mut dyn Decoder, dir: &Path, besides: &[PathBuf], limit: u64) -> Result<()> {
+    let (tensors, tied) = state(model);
+    for path in besides {
+        let to = dir.join(path.file_name().unwrap_or_default());
+        fs::copy(path, &to).map_err(Error::io(path))?;
+    }
+    let mut config = model.config().clone();
+    config["tie_word_embeddings"] = tied.into();
+    let kind = dtype(model.kind()).map(|it| match it {
+        safetensors::Dtype::F32 => "float32",
+        safetensors::Dtype::BF16 => "bfloat16",
+        _ => "float16",
+    });
+    if let Some(map) = config.as_object_mut() {
+        map.remove("torch_dtype");
+        map.insert("dtype".into(), json!(kind));
+    }
+    files::write_json(&dir.join("config.json"), &config)?;
+    write_shards(&tensors, dir, limit)
+}
+
+/// The base under its names on disk and in their layout, and whether the head is the input embedding.
+fn state(model: &mut dyn Decoder) -> (Vec<(String, Tensor)>, bool) {
+    let spec = model.spec();
+    let mut all = Vec::new();
+    let (mut table, mut tied) = (None, false);
+    model.slots(&mut |at, slot| match slot {
+        Slot::Embedding(it) => {
+            if at == spec.input_embedding {
+                table = Some(it.weight().data_ptr());
+            }
+            all.push((format!("{at}.weight"), it.weight().shallow_clone()));
+        }
+        Slot::Linear(it) => {
+            let weight = it.base().weight();
+            let head = spec.output_embedding.as_deref() == Some(at);
+            if head && spec.tied && table == Some(weight.data_ptr()) {
+                tied = true;
+                return;
+            }
+            let kept = if spec.transposed && !head { weight.tr() } else { weight };
+            all.push((format!("{at}.weight"), kept));
+            all.extend(it.base().bias().map(|b| (format!("{at}.bias"), b.shallow_clone())));
+        }
+        Slot::Norm(it) => {
+            let affine = it.base();
+            all.push((format!("{at}.weight"), affine.weight.shallow_clone()));
+            all.extend(affine.bias.iter().map(|b| (format!("{at}.bias"), b.shallow_clone())));
+        }
+        _ => {}
+    });
+    (all, tied)
+}
+
+fn size(tensor: &Tensor) -> u64 {
+    (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
+}
+
+fn write_shards(tensors: &[(String, Tensor)], dir: &Path, limit: u64) -> Result<()> {
+    let mut shards: Vec<Vec<&(String, Tensor)>> = vec![Vec::new()];
+    let mut filled = 0;
+    for entry in tensors {
+        if filled > 0 && filled + size(&entry.1) > limit {
+            shards.push(Vec::new());
+            filled = 0;
+        }
+        filled += size(&entry.1);
+        shards.last_mut().expect("one at least").push(entry);
+    }
+    if let [only] = shards.as_slice() {
+        return write_file(&dir.join(SINGLE), only);
+    }
+    let count = shards.len();
+    let mut map = Map::new();
+    for (i, shard) in shards.iter().enumerate() {
+        let name = format!("model-{:05}-of-{count:05}.safetensors", i + 1);
+        for (key, _) in shard.iter() {
+            map.insert(key.clone(), name.clone().into());
+        }
+        write_file(&dir.join(&name), shard)?;
+    }
+    let total: u64 = tensors.iter().map(|(_, t)| size(t)).sum();
+    let index = json!({"metadata": {"total_size": total}, "weight_map": Value::Object(map)});
+    files::write_json(&dir.join(INDEX), &index)
+}
+
+/// One safetensors file, header first, then each tensor in turn: no second copy of the model in memory.
+fn write_file(path: &Path, tensors: &[&(String, Tensor)]) -> Result<()> {
+    // The format wants wide elements first, then names in order.
+    let mut order: Vec<&&(String, Tensor)> = tensors.iter().collect();
+    order.sort_by_key(|(name, t)| (std::cmp::Reverse(t.kind().elt_size_in_bytes()), name.clone()));
+    let mut header = Map::new();
+    header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut end = 0;
+    for (name, tensor) in order.iter().map(|it| (&it.0, &it.1)) {
+        let begin = end;
+        end += size(tensor);
+        let dtype = dtype(tensor.kind()).ok_or_else(|| {
+            Error::file(path, format!("`{name}` is of type {:?}, which has no place here", tensor.kind()))
+        })?;
+        header.insert(
+            name.clone(),
+            json!({"dtype": dtype, "shape": tensor.size(), "data_offsets": [begin, end]}),
+        );
+    }
+    let mut text = Value::Object(header).to_string();
+    text.push_str(&" ".repeat(text.len().next_multiple_of(8) - text.len()));
+    let mut file = BufWriter::new(fs::File::create(path).map_err(Error::io(path))?);
+    let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io(path));
+    put(&(text.len() as u64).to_le_bytes())?;
+    put(text.as_bytes())?;
+    for (_, tensor) in order.iter().map(|it| (&it.0, &it.1)) {
+        put(&Bytes::of(tensor)?.bytes)?;
+    }
+    file.flush().map_err(Error::io(path))?;
+    file.get_ref().sync_all().map_err(Error::io(path))
+}
+
+/// How many numbers the base has, tied tables counted once.
+pub fn parameters(model: &mut dyn Decoder) -> i64 {
+    let mut seen: HashMap<usize, i64> = HashMap::new();
+    for (_, tensor) in state(model).0 {
+        seen.insert(tensor.data_ptr() as usize, tensor.numel() as i64);
+    }
+    let _ = model.adapters();
+    seen.values().sum()
+}

@@ -1,0 +1,100 @@
+//! Every tiny model gives Python's numbers: logits, loss, and the same again through the cache.
+
+use std::path::{Path, PathBuf};
+
+use peft_core::{Ctx, State, tensors};
+use peft_models::{Cache, Decoder, Input, OpenOptions, causal_loss, open};
+use tch::{Kind, Tensor};
+
+fn models() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/models");
+    let mut all: Vec<PathBuf> = std::fs::read_dir(root)
+        .expect("fixtures")
+        .map(|it| it.expect("entry").path())
+        .filter(|it| it.join("base.safetensors").exists())
+        .collect();
+    all.sort();
+    assert!(all.len() > 20, "the fixtures are there");
+    all
+}
+
+fn load(dir: &Path) -> (Box<dyn Decoder>, State) {
+    let options = OpenOptions {
+        kind: Some(Kind::Float),
+        ..OpenOptions::default()
+    };
+    let model = open(dir.to_str().expect("a path"), options).expect("a model");
+    (model, tensors::read(&dir.join("base.safetensors")).expect("numbers"))
+}
+
+fn input(state: &State, case: &str) -> Option<Input> {
+    let get = |name: &str| state.get(&format!("{case}.{name}")).map(Tensor::shallow_clone);
+    Some(Input {
+        ids: get("input_ids")?,
+        attention_mask: get("attention_mask"),
+        position_ids: get("position_ids"),
+    })
+}
+
+/// The largest difference at attended positions, relative to the largest number there.
+fn gap(got: &Tensor, expected: &Tensor, mask: Option<&Tensor>) -> f64 {
+    let keep = |t: &Tensor| match mask {
+        Some(mask) => t.index_select(0, &mask.reshape([-1]).nonzero().view([-1])),
+        None => t.shallow_clone(),
+    };
+    let width = *got.size().last().expect("a dimension");
+    let (got, expected) = (got.reshape([-1, width]), expected.reshape([-1, width]));
+    let (got, expected) = (keep(&got), keep(&expected));
+    ((&got - &expected).abs().max() / expected.abs().max()).double_value(&[])
+}
+
+#[test]
+fn logits_and_loss_are_pythons() {
+    for dir in models() {
+        let (model, state) = load(&dir);
+        for case in ["plain", "right", "left", "positions", "long"] {
+            let Some(input) = input(&state, case) else { continue };
+            let got = tch::no_grad(|| model.forward(&input, Ctx::EVAL));
+            let mask = input.attention_mask.as_ref();
+            let off = gap(&got, &state[&format!("{case}.logits")], mask);
+            assert!(off < 1e-5, "{} {case}: logits off by {off:e}", dir.display());
+
+            let labels = &state[&format!("{case}.labels")];
+            let (sum, count) = tch::no_grad(|| causal_loss(&*model, &input, labels, Ctx::EVAL));
+            let expected = state[&format!("{case}.loss")].double_value(&[]);
+            let loss = sum.double_value(&[]) / count as f64;
+            assert!((loss - expected).abs() < 1e-5 * expected.abs(), "{} {case}: {loss} {expected}", dir.display());
+        }
+    }
+}
+
+#[test]
+fn the_cache_changes_nothing() {
+    for dir in models() {
+        let (model, state) = load(&dir);
+        if dir.ends_with("llama-rope-dynamic") {
+            continue; // its frequencies depend on the length of the text
+        }
+        for case in ["plain", "left"] {
+            let Some(input) = input(&state, case) else { continue };
+            let whole = tch::no_grad(|| model.forward(&input, Ctx::EVAL));
+            let seq = input.ids.size()[1];
+            let mut cache = Cache::new();
+            let mut parts = Vec::new();
+            for (begin, len) in [(0, 3), (3, 1), (4, 1), (5, seq - 5)] {
+                let narrow = |t: &Tensor| t.narrow(1, begin, len);
+                let part = Input {
+                    ids: narrow(&input.ids),
+                    attention_mask: input.attention_mask.as_ref().map(|it| it.narrow(1, 0, begin + len)),
+                    position_ids: input.position_ids.as_ref().map(narrow),
+                };
+                parts.push(tch::no_grad(|| {
+                    let hidden = model.hidden(&part, Some(&mut cache), Ctx::EVAL);
+                    model.head().forward(&hidden, Ctx::EVAL)
+                }));
+            }
+            let off = gap(&Tensor::cat(&parts, 1), &whole, input.attention_mask.as_ref());
+            assert!(off < 1e-5, "{} {case}: off by {off:e}", dir.display());
+        }
+    }
+}
