@@ -1,1 +1,63 @@
-//! From a file of conversations to batches of token ids: formats, templates, masks, cache
+//! From a file of conversations to batches of token ids.
+//!
+//! Five steps, each of which can be looked at on its own:
+//!
+//! ```text
+//! file ──► row ──► text and what of it is trained ──► ids and mask ──► batches
+//!      format      chat template                  tokenizer        plan, collate
+//! ```
+//!
+//! Every one of them can quietly ruin a training run: a row that is dropped, a
+//! blank too many in a template, an end token that is never learnt, a mask that
+//! is off by one. So the rules of this crate are: formats are read off the
+//! keys and never guessed, rows that disagree are errors with file and line,
+//! templates give Python's text to the byte, masks go by position, and what the
+//! model will see can be shown token by token ([`pieces`]).
+//!
+//! Nothing in here knows about tensors; a [`Batch`] is three vectors of
+//! integers in the shape that Hugging Face's models take.
+//!
+//! ```no_run
+//! use peft_data::{Options, Plan, Side, Tokenizer, collate, prepare};
+//!
+//! # fn main() -> peft_data::Result<()> {
+//! let tokenizer = Tokenizer::open("SmolLM2-135M-Instruct".as_ref())?;
+//! let data = prepare(&["train.jsonl".into()], &tokenizer, &Options::default(), &|_| {})?;
+//! println!("{} rows, {} trained tokens", data.len(), data.report().trained_tokens);
+//!
+//! let plan = Plan::new((0..data.len()).collect(), 8, 42)?.shuffled();
+//! for batch in plan.epoch(0) {
+//!     let rows: Vec<_> = batch.iter().filter_map(|row| data.get(*row)).collect();
+//!     let batch = collate(&rows, tokenizer.pad_id(), Side::Right, 8);
+//!     assert_eq!(batch.labels.len(), batch.rows * batch.cols);
+//! }
+//! # Ok(())
+//! # }
+//! ```
+
+// A list of one byte range is what it says, not a list of numbers.
+#![allow(clippy::single_range_in_vec_init)]
+
+mod batch;
+mod cache;
+mod error;
+mod format;
+mod map;
+mod message;
+mod prepare;
+mod python;
+mod sample;
+mod show;
+mod source;
+mod template;
+mod tokenizer;
+
+pub use batch::{Batch, Holdout, IGNORED, Plan, Side, collate, split};
+pub use error::{Error, Result};
+pub use format::{Format, detect};
+pub use message::Message;
+pub use prepare::{Dataset, FileReport, Options, Progress, Report, Row, prepare};
+pub use sample::{Sample, Turns};
+pub use show::{Piece, pieces};
+pub use template::{ChatTemplate, RenderOptions};
+pub use tokenizer::{DecodeStream, Offsets, Tokenizer};
