@@ -4,7 +4,8 @@
 //! any user would call it, and the call is shown.
 
 use crate::{libtorch, model, paths, run, ui};
-use anyhow::Result;
+use anyhow::{Context, Result};
+use std::io::ErrorKind;
 use std::process::Command;
 use std::time::Instant;
 
@@ -62,6 +63,18 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Removes the last demo's run: `peft train` rightly does not write over one.
+fn start_over() -> Result<()> {
+    match std::fs::remove_dir_all(paths::root().join(OUT)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).context(format!("at `{OUT}`"))
+        }
+        _ => Ok(()),
+    }
+}
+
+const OUT: &str = "target/demo";
+
 /// `peft train …`, with paths as one would type them in the root of the repository.
 fn arguments(args: &Args) -> Vec<String> {
     let steps = args.steps.unwrap_or(STEPS).to_string();
@@ -69,12 +82,11 @@ fn arguments(args: &Args) -> Vec<String> {
         ["--model", "target/models/smollm2"],
         ["--data", "fixtures/data/wordnet_define_sft.jsonl"],
         ["--prompts", "xtask/demo/prompts.txt"],
-        ["--out", "target/demo"],
+        ["--out", OUT],
         ["--max-steps", &steps],
     ];
     let usual = usual.as_flattened().iter().copied();
-    // The demo can be run again: it is the one run folder that may be replaced without asking.
-    let all = std::iter::once("train").chain(usual).chain(["--overwrite"]);
+    let all = std::iter::once("train").chain(usual);
     all.map(ToOwned::to_owned)
         .chain(args.flags.iter().cloned())
         .collect()

@@ -4,7 +4,7 @@
 //! unpacked anywhere and needs no installer. What was packed is unpacked again and started with an empty
 //! environment before the task calls itself done.
 
-use crate::{libtorch, paths, run, ui, wheel};
+use crate::{files, libtorch, paths, run, ui, wheel};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -88,7 +88,7 @@ fn fill(to: &Path, program: &Path) -> Result<()> {
     for folder in ["bin", "lib", "licenses"] {
         fs::create_dir_all(to.join(folder))?;
     }
-    copy(program, &to.join("bin/peft"))?;
+    files::copy(program, &to.join("bin/peft"))?;
     // Debug lines are of no use there; where there is no `strip`, the program is only larger.
     let _ = Command::new("strip")
         .arg("--strip-debug")
@@ -96,11 +96,11 @@ fn fill(to: &Path, program: &Path) -> Result<()> {
         .status();
     for library in libraries()? {
         let name = library.file_name().context("a library without a name")?;
-        copy(&library, &to.join("lib").join(name))?;
+        files::copy(&library, &to.join("lib").join(name))?;
     }
-    copy_tree(&licences()?, &to.join("licenses"))?;
+    files::copy_tree(&licences()?, &to.join("licenses"))?;
     for file in ["README.md", "CHANGELOG.md", "LICENSE-MIT", "LICENSE-APACHE"] {
-        copy(&root.join(file), &to.join(file))?;
+        files::copy(&root.join(file), &to.join(file))?;
     }
     Ok(())
 }
@@ -164,24 +164,4 @@ fn triple() -> Result<String> {
     let text = run::output(Command::new("rustc").arg("-vV"))?;
     let host = text.lines().find_map(|line| line.strip_prefix("host: "));
     Ok(host.context("`rustc -vV` names no host")?.to_owned())
-}
-
-fn copy_tree(from: &Path, to: &Path) -> Result<()> {
-    fs::create_dir_all(to)?;
-    for entry in fs::read_dir(from)? {
-        let path = entry?.path();
-        let to = to.join(path.file_name().context("a file without a name")?);
-        if path.is_dir() {
-            copy_tree(&path, &to)?
-        } else {
-            copy(&path, &to)?
-        }
-    }
-    Ok(())
-}
-
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    fs::copy(from, to)
-        .with_context(|| format!("cannot copy `{}` to `{}`", from.display(), to.display()))?;
-    Ok(())
 }

@@ -13,6 +13,7 @@ mod bench;
 mod check;
 mod demo;
 mod dist;
+mod files;
 mod libtorch;
 mod model;
 mod new_method;

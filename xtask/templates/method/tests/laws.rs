@@ -64,7 +64,7 @@ fn dressed() -> (Linear, Vec<Tensor>) {
 fn moved() -> (Linear, Vec<Tensor>) {
     let (layer, params) = dressed();
     for param in &params {
-        no_grad(|| param.shallow_clone().g_add_(&(random(&param.size()) * 0.3)));
+        let _ = no_grad(|| param.shallow_clone().g_add_(&(random(&param.size()) * 0.3)));
     }
     (layer, params)
 }
