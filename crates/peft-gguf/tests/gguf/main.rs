@@ -4,5 +4,6 @@ mod formats;
 mod fuzz;
 mod hostile;
 mod models;
+mod smollm2;
 mod support;
 mod tokenizer;
