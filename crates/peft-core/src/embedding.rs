@@ -14,7 +14,9 @@ pub trait EmbeddingAdapter: Params + fmt::Debug + Send {
     /// ids: `[..] -> [.., hidden]` with this adapter at work.
     fn forward(&self, ids: &Tensor, beneath: BeneathEmbedding<'_>, ctx: Ctx) -> Tensor;
     /// The table `[vocab, hidden]` with this adapter baked in, if the method has such a form.
-    fn merge(&self, weight: Tensor) -> Option<Tensor>;
+    ///
+    /// `weight` has the adapters beneath in it already; `base` has none.
+    fn merge(&self, weight: Tensor, base: &Tensor) -> Option<Tensor>;
 }
 
 /// The table without its topmost adapter.
@@ -25,7 +27,12 @@ pub struct BeneathEmbedding<'a> {
     ctx: Ctx,
 }
 
-impl BeneathEmbedding<'_> {
+impl<'a> BeneathEmbedding<'a> {
+    /// The table without any adapter `[vocab, hidden]`.
+    pub fn base(self) -> &'a Tensor {
+        self.base
+    }
+
     /// ids: `[..] -> [.., hidden]`
     pub fn forward(self, ids: &Tensor) -> Tensor {
         let Some((top, rest)) = self.adapters.split_last() else {
@@ -46,7 +53,7 @@ impl BeneathEmbedding<'_> {
     pub fn weight(self) -> Tensor {
         let active = self.adapters.iter().filter(|it| it.on);
         active.fold(self.base.shallow_clone(), |w, it| {
-            it.adapter.merge(w.shallow_clone()).unwrap_or(w)
+            it.adapter.merge(w.shallow_clone(), self.base).unwrap_or(w)
         })
     }
 }
@@ -105,8 +112,12 @@ impl Embedding {
         };
         let start = self.base.shallow_clone();
         let active = self.adapters.active();
-        let merged = tch::no_grad(|| active.into_iter().try_fold(start, |w, it| it.merge(w)))
-            .ok_or_else(|| not("the method has no form as a table here"))?;
+        let merged = tch::no_grad(|| {
+            active
+                .into_iter()
+                .try_fold(start, |w, it| it.merge(w, &self.base))
+        })
+        .ok_or_else(|| not("the method has no form as a table here"))?;
         if finite(&merged) {
             Ok(merged.detach())
         } else {

@@ -21,7 +21,9 @@ pub enum Error {
         reason: String,
     },
     /// A setting that would change the numbers and is not there yet.
-    #[error("{peft_type} configuration sets `{key}` to {value}, which this build does not offer{hint}")]
+    #[error(
+        "{peft_type} configuration sets `{key}` to {value}, which this build does not offer{hint}"
+    )]
     Unsupported {
         /// The method.
         peft_type: String,
@@ -140,4 +142,24 @@ pub fn nearest<'a>(wanted: &str, among: impl IntoIterator<Item = &'a str>) -> St
         Some((score, name)) if score > 0.7 => format!("; nearest is `{name}`"),
         _ => String::new(),
     }
+}
+
+/// The `count` names that are most like `wanted`, nearest first, for an error message.
+pub fn closest<'a>(
+    wanted: &str,
+    among: impl IntoIterator<Item = &'a str>,
+    count: usize,
+) -> Vec<String> {
+    let likeness =
+        |name: &str| strsim::jaro_winkler(wanted, name.rsplit('.').next().unwrap_or(name));
+    let mut scored: Vec<_> = among
+        .into_iter()
+        .map(|name| (likeness(name), name))
+        .collect();
+    scored.sort_by(|a, b| b.0.total_cmp(&a.0));
+    scored
+        .into_iter()
+        .take(count)
+        .map(|(_, name)| name.to_owned())
+        .collect()
 }

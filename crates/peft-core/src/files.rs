@@ -11,7 +11,10 @@ use crate::{Error, Result};
 /// Writes a file under another name and renames it when it is on the disk.
 ///
 /// Whatever happens, a full disk or a kill, `path` holds the old content or the new, never half.
-pub fn write(path: &Path, content: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+pub fn write(
+    path: &Path,
+    content: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();

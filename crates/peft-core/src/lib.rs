@@ -47,7 +47,7 @@ mod tuner;
 
 pub use ctx::Ctx;
 pub use embedding::{BeneathEmbedding, Embedding, EmbeddingAdapter};
-pub use error::{Error, Result, nearest};
+pub use error::{Error, Result, closest, nearest};
 pub use linear::{Beneath, Dense, Linear, LinearAdapter, LinearOp, Plain, Weights};
 pub use model::{Model, ModelExt, Slot, Spec};
 pub use norm::{Affine, Norm, NormAdapter, NormKind};

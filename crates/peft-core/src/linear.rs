@@ -43,6 +43,10 @@ pub trait LinearOp: fmt::Debug + Send {
     fn shape(&self) -> (i64, i64);
     /// Where new parameters should live.
     fn device(&self) -> Device;
+    /// The weight is kept, and on disk, `[in, out]`: GPT-2's layers.
+    fn transposed(&self) -> bool {
+        false
+    }
     /// A layer kept in the same way with another content; encodes it again if need be.
     fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>>;
 }
@@ -52,7 +56,9 @@ pub trait LinearAdapter: Params + fmt::Debug + Send {
     /// x: `[.., in] -> [.., out]` with this adapter at work.
     fn forward(&self, x: &Tensor, beneath: Beneath<'_>, ctx: Ctx) -> Tensor;
     /// The layer with this adapter baked in, or `None` if the method has no such form.
-    fn merge(&self, plain: Plain) -> Option<Plain>;
+    ///
+    /// `plain` has the adapters beneath in it already; `base` has none.
+    fn merge(&self, plain: Plain, base: &dyn LinearOp) -> Option<Plain>;
 }
 
 /// The layer without its topmost adapter: dense, quantised or already adapted.
@@ -63,7 +69,12 @@ pub struct Beneath<'a> {
     ctx: Ctx,
 }
 
-impl Beneath<'_> {
+impl<'a> Beneath<'a> {
+    /// The layer without any adapter.
+    pub fn base(self) -> &'a dyn LinearOp {
+        self.base
+    }
+
     /// x: `[.., in] -> [.., out]`. The result is fresh memory: the caller may add to it in place.
     pub fn forward(self, x: &Tensor) -> Tensor {
         let Some((top, rest)) = self.adapters.split_last() else {
@@ -84,7 +95,7 @@ impl Beneath<'_> {
     pub fn plain(self) -> Plain {
         let active = self.adapters.iter().filter(|it| it.on);
         active.fold(plain(self.base), |p, it| {
-            it.adapter.merge(p.clone()).unwrap_or(p)
+            it.adapter.merge(p.clone(), self.base).unwrap_or(p)
         })
     }
 
@@ -131,11 +142,14 @@ impl LinearOp for Dense {
     fn device(&self) -> Device {
         self.weight.device()
     }
+    fn transposed(&self) -> bool {
+        !self.weight.is_contiguous()
+    }
     fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>> {
         // Keep the strides of the old weight: a transposed layer stays one.
-        let weight = match self.weight.is_contiguous() {
-            true => plain.weight.detach().contiguous(),
-            false => plain.weight.detach().tr().contiguous().tr(),
+        let weight = match self.transposed() {
+            false => plain.weight.detach().contiguous(),
+            true => plain.weight.detach().tr().contiguous().tr(),
         };
         let bias = plain.bias.map(|b| b.detach());
         Ok(Box::new(Dense { weight, bias }))
@@ -210,8 +224,12 @@ impl Linear {
         };
         let start = plain(&*self.base);
         let merged = self.adapters.active();
-        let merged = tch::no_grad(|| merged.into_iter().try_fold(start, |p, it| it.merge(p)))
-            .ok_or_else(|| not("the method has no form as a weight here"))?;
+        let merged = tch::no_grad(|| {
+            merged
+                .into_iter()
+                .try_fold(start, |p, it| it.merge(p, &*self.base))
+        })
+        .ok_or_else(|| not("the method has no form as a weight here"))?;
         if !finite(&merged.weight) || !merged.bias.as_ref().is_none_or(finite) {
             return Err(not("the merged weight is not finite"));
         }
@@ -230,12 +248,23 @@ fn plain(op: &dyn LinearOp) -> Plain {
 
 /// Where a model gets its layers while it is being built.
 pub trait Weights {
-    /// The linear layer called `at` with weight `[out, in]`; a bias if the source has one.
-    fn linear(&mut self, at: &str, shape: (i64, i64)) -> Result<Linear>;
-    /// The same for a layer kept `[in, out]`, as GPT-2 keeps them.
-    fn linear_transposed(&mut self, at: &str, shape: (i64, i64)) -> Result<Linear>;
-    /// Any other tensor, in the dtype of the model.
+    /// A tensor in the dtype of the model, checked against `shape`.
     fn tensor(&mut self, key: &str, shape: &[i64]) -> Result<Tensor>;
+
     /// Whether the source has this tensor.
     fn has(&self, key: &str) -> bool;
+
+    /// The linear layer called `at` with a weight `[out, in]`, and a bias if wanted.
+    fn linear(&mut self, at: &str, (out, inp): (i64, i64), bias: bool) -> Result<Linear> {
+        let weight = self.tensor(&format!("{at}.weight"), &[out, inp])?;
+        let bias = bias.then(|| self.tensor(&format!("{at}.bias"), &[out]));
+        Ok(Linear::new(Dense::new(weight, bias.transpose()?)))
+    }
+
+    /// The same for a layer kept `[in, out]`, as GPT-2 keeps them; `shape` is `(out, in)` still.
+    fn linear_transposed(&mut self, at: &str, (out, inp): (i64, i64)) -> Result<Linear> {
+        let weight = self.tensor(&format!("{at}.weight"), &[inp, out])?;
+        let bias = self.tensor(&format!("{at}.bias"), &[out])?;
+        Ok(Linear::new(Dense::new(weight.tr(), Some(bias))))
+    }
 }

@@ -1,12 +1,14 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    Embedding, Error, Injection, Linear, Norm, Outline, Param, Result, Site, SiteKind, State, Tuner,
-    nearest, stack::Place,
+    Embedding, Error, Injection, Linear, Norm, Outline, Param, Result, Site, SiteKind, State,
+    Tuner, Visit, nearest, stack::Place,
 };
 
 /// What a method may need to know of a model besides its places.
-#[derive(Debug, Clone, PartialEq, Eq)]
+///
+/// The default is a network of one's own that has nothing of the kind.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Spec {
     /// `model_type` of `config.json`: chooses default targets.
     pub model_type: String,
@@ -49,24 +51,41 @@ impl Slot<'_> {
         }
     }
 
-    fn site(&self, at: &str) -> Site {
-        let (kind, shape, bias) = match self {
+    fn site(&mut self, at: &str) -> Site {
+        let (kind, shape, bias, transposed) = match self {
             Slot::Linear(it) => {
-                let (out, inp) = it.base().shape();
-                (SiteKind::Linear, vec![out, inp], it.base().bias().is_some())
+                let (base, kind) = (it.base(), SiteKind::Linear);
+                let (out, inp) = base.shape();
+                (
+                    kind,
+                    vec![out, inp],
+                    base.bias().is_some(),
+                    base.transposed(),
+                )
             }
-            Slot::Embedding(it) => (SiteKind::Embedding, it.weight().size(), false),
+            Slot::Embedding(it) => (SiteKind::Embedding, it.weight().size(), false, false),
             Slot::Norm(it) => {
                 let affine = it.base();
-                (SiteKind::Norm, affine.weight.size(), affine.bias.is_some())
+                (
+                    SiteKind::Norm,
+                    affine.weight.size(),
+                    affine.bias.is_some(),
+                    false,
+                )
             }
         };
-        let at = at.to_owned();
+        let mut held = Vec::new();
+        for (name, _) in self.place().names() {
+            self.place()
+                .params(&name, &mut |param, _| held.push(param.to_owned()));
+        }
         Site {
-            at,
+            at: at.to_owned(),
             kind,
             shape,
             bias,
+            transposed,
+            held,
         }
     }
 }
@@ -86,7 +105,7 @@ pub trait ModelExt: Model {
     fn outline(&mut self) -> Outline {
         let spec = self.spec();
         let mut sites = Vec::new();
-        self.slots(&mut |at, slot| sites.push(slot.site(at)));
+        self.slots(&mut |at, mut slot| sites.push(slot.site(at)));
         Outline { spec, sites }
     }
 
@@ -244,37 +263,17 @@ pub trait ModelExt: Model {
 
     /// Every tensor that an adapter owns, trained or not.
     fn params(&mut self, adapter: &str) -> Vec<Param> {
-        let mut all = Vec::new();
-        self.slots(&mut |at, mut slot| {
-            let norm = matches!(slot, Slot::Norm(_));
-            slot.place().params(adapter, &mut |name, tensor| {
-                all.push(Param {
-                    adapter: adapter.to_owned(),
-                    at: at.to_owned(),
-                    name: name.to_owned(),
-                    norm,
-                    tensor: tensor.shallow_clone(),
-                });
-            });
-        });
-        all
+        collect(self, adapter, |place, visit| place.params(adapter, visit))
     }
 
     /// Further tensors of an adapter's file, computed from parameters: place, name, value.
     fn derived(&mut self, adapter: &str) -> Vec<Param> {
-        let mut all = Vec::new();
-        self.slots(&mut |at, mut slot| {
-            slot.place().derived(adapter, &mut |name, tensor| {
-                all.push(Param {
-                    adapter: adapter.to_owned(),
-                    at: at.to_owned(),
-                    name: name.to_owned(),
-                    norm: false,
-                    tensor: tensor.shallow_clone(),
-                });
-            });
-        });
-        all
+        collect(self, adapter, |place, visit| place.derived(adapter, visit))
+    }
+
+    /// The tensors of an adapter's file.
+    fn saved(&mut self, adapter: &str) -> Vec<Param> {
+        collect(self, adapter, |place, visit| place.saved(adapter, visit))
     }
 
     /// The tensors of an adapter that training changes.
@@ -296,6 +295,27 @@ impl<M: Model + ?Sized> ModelExt for M {}
 
 fn each<M: Model + ?Sized>(model: &mut M, visit: &mut dyn FnMut(&str, &mut dyn Place)) {
     model.slots(&mut |at, mut slot| visit(at, slot.place()));
+}
+
+fn collect<M: Model + ?Sized>(
+    model: &mut M,
+    adapter: &str,
+    each: impl Fn(&dyn Place, Visit<'_>),
+) -> Vec<Param> {
+    let mut all = Vec::new();
+    model.slots(&mut |at, mut slot| {
+        let norm = matches!(slot, Slot::Norm(_));
+        each(slot.place(), &mut |name, tensor| {
+            all.push(Param {
+                adapter: adapter.to_owned(),
+                at: at.to_owned(),
+                name: name.to_owned(),
+                norm,
+                tensor: tensor.shallow_clone(),
+            });
+        });
+    });
+    all
 }
 
 fn known<M: Model + ?Sized>(model: &mut M, name: &str) -> Result<()> {

@@ -12,6 +12,13 @@ pub trait Params {
     /// place owns (the transposed copies that a tied head gets). Written on saving; accepted and
     /// not read on loading.
     fn derived(&self, _visit: Visit<'_>) {}
+
+    /// Visits what a saved file holds. Another thing than the parameters where those mean nothing
+    /// without more ([`Tuner::saved`](crate::Tuner::saved) then gives the configuration that fits).
+    fn saved(&self, visit: Visit<'_>) {
+        self.params(visit);
+        self.derived(visit);
+    }
 }
 
 /// One tensor of an adapter in a model.

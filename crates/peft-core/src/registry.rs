@@ -70,7 +70,8 @@ pub struct Registry(BTreeMap<&'static str, Parse>);
 impl Registry {
     /// Adds a method.
     pub fn with<C: Config>(mut self) -> Registry {
-        self.0.insert(C::PEFT_TYPE, |json| Ok(Box::new(parse::<C>(json)?)));
+        self.0
+            .insert(C::PEFT_TYPE, |json| Ok(Box::new(parse::<C>(json)?)));
         self
     }
 

@@ -54,6 +54,7 @@ pub(crate) trait Place {
     fn bare(&mut self);
     fn params(&self, name: &str, visit: Visit<'_>);
     fn derived(&self, name: &str, visit: Visit<'_>);
+    fn saved(&self, name: &str, visit: Visit<'_>);
 }
 
 /// [`Place`] for a struct with fields `base`, `original: Option<base>` and `adapters: Stack`, and a method `baked`.
@@ -97,6 +98,11 @@ macro_rules! place {
             fn derived(&self, name: &str, visit: $crate::Visit<'_>) {
                 for it in self.adapters.all().iter().filter(|it| it.name == name) {
                     it.adapter.derived(visit);
+                }
+            }
+            fn saved(&self, name: &str, visit: $crate::Visit<'_>) {
+                for it in self.adapters.all().iter().filter(|it| it.name == name) {
+                    it.adapter.saved(visit);
                 }
             }
         }

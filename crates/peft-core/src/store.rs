@@ -61,10 +61,10 @@ impl Adapter {
 
     /// Takes the parameters called `name` out of a dressed model.
     pub fn of(name: &str, tuner: &dyn Tuner, model: &mut dyn Model) -> Result<Adapter> {
-        let tuner = tuner.resolve(&model.outline())?;
+        let resolved = tuner.resolve(&model.outline())?;
+        let tuner = resolved.saved().unwrap_or(resolved);
         let mut state = State::new();
-        let params = model.params(name).into_iter();
-        for param in params.chain(model.derived(name)) {
+        for param in model.saved(name) {
             let key = tuner.key(&param.at, &param.name);
             state.insert(key, tch::no_grad(|| param.tensor.detach().copy()));
         }
@@ -151,7 +151,9 @@ fn spellings<'a>(key: &'a str, name: &'a str) -> impl Iterator<Item = String> + 
         let gone = (i < n && (rest[i] == name || rest[i] == "default")).then(|| rest.remove(i));
         gone.map(|_| rest.join("."))
     };
-    let inside = [n.wrapping_sub(1), n.wrapping_sub(2)].into_iter().filter_map(without);
+    let inside = [n.wrapping_sub(1), n.wrapping_sub(2)]
+        .into_iter()
+        .filter_map(without);
     let spelt: Vec<String> = std::iter::once(key.to_owned()).chain(inside).collect();
     let bare: Vec<String> = spelt
         .iter()
@@ -166,7 +168,9 @@ fn copies_base(tuner: &dyn Tuner, model: &mut dyn Model, key: &str, tensor: &Ten
     let ends = [Some(spec.input_embedding), spec.output_embedding];
     let mut same = false;
     model.slots(&mut |at, slot| {
-        let named = ["weight", "base_layer.weight"].iter().any(|it| tuner.key(at, it) == key);
+        let named = ["weight", "base_layer.weight"]
+            .iter()
+            .any(|it| tuner.key(at, it) == key);
         if named && ends.iter().flatten().any(|it| it == at) {
             let base = match slot {
                 Slot::Embedding(it) => it.weight().shallow_clone(),

@@ -188,8 +188,9 @@ mod tests {
 
     #[test]
     fn the_first_pattern_wins_and_starts_at_a_dot() {
-        let patterns: IndexMap<String, i64> =
-            [(r"layers\.1\.q", 5), ("q", 3)].map(|(k, v)| (k.to_owned(), v)).into();
+        let patterns: IndexMap<String, i64> = [(r"layers\.1\.q", 5), ("q", 3)]
+            .map(|(k, v)| (k.to_owned(), v))
+            .into();
         assert_eq!(pattern_value(&patterns, "m.layers.1.q").unwrap(), Some(5));
         assert_eq!(pattern_value(&patterns, "m.layers.11.q").unwrap(), Some(3));
         assert_eq!(pattern_value(&patterns, "m.seq").unwrap(), None);

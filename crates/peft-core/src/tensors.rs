@@ -55,7 +55,10 @@ impl Mapped {
             let shape = info.shape.iter().map(|&d| d as i64).collect();
             let start = header + 8;
             if end.checked_add(start).is_none_or(|end| end > map.len()) {
-                return Err(Error::file(path, format!("`{name}` lies beyond the end of the file")));
+                return Err(Error::file(
+                    path,
+                    format!("`{name}` lies beyond the end of the file"),
+                ));
             }
             let info = Info {
                 dtype: info.dtype,
@@ -96,7 +99,9 @@ impl Mapped {
 
     /// Shape and dtype of a tensor.
     pub fn info(&self, name: &str) -> Option<(&[i64], Dtype)> {
-        self.infos.get(name).map(|it| (it.shape.as_slice(), it.dtype))
+        self.infos
+            .get(name)
+            .map(|it| (it.shape.as_slice(), it.dtype))
     }
 
     /// A tensor as it is stored: a view of the mapped file where its alignment allows.
@@ -122,7 +127,9 @@ impl Mapped {
     /// Every tensor.
     pub fn all(&self) -> Result<State> {
         let names = self.names();
-        names.map(|name| Ok((name.to_owned(), self.tensor(name)?))).collect()
+        names
+            .map(|name| Ok((name.to_owned(), self.tensor(name)?)))
+            .collect()
     }
 }
 

@@ -27,6 +27,10 @@ pub struct Site {
     pub shape: Vec<i64>,
     /// It has a bias.
     pub bias: bool,
+    /// Its weight is kept `[in, out]`, in memory and on disk.
+    pub transposed: bool,
+    /// What adapters here own already, by name on disk below the place.
+    pub held: Vec<String>,
 }
 
 /// A model described: all that a method may decide by, before it touches anything.
@@ -73,6 +77,11 @@ pub trait Tuner: fmt::Debug + Send {
 
     /// The content of `adapter_config.json`.
     fn to_json(&self) -> Value;
+
+    /// The configuration that goes with what [`Params::saved`](crate::Params::saved) writes, where it is another than this one.
+    fn saved(&self) -> Option<Box<dyn Tuner>> {
+        None
+    }
 
     /// The key of a parameter on disk. The default is what Python's `peft` writes for weight-space methods.
     fn key(&self, at: &str, param: &str) -> String {

@@ -21,6 +21,7 @@ mod linear;
 pub mod memory;
 mod ops;
 pub mod rng;
+pub mod thin;
 
 pub use adamw::{AdamW, Moments};
 pub use function::{Function, apply, backward, vjp};

@@ -1,0 +1,452 @@
+//! What a configuration does at each place of a model, decided before anything is touched.
+//!
+//! The order is Python's: what is excluded is out; what is saved whole is no
+//! target; then the targets. A list names suffixes, a string is one expression
+//! for whole names, and the number of the block counts only where a suffix of
+//! a list matched.
+//!
+//! A setting that matches nothing is a typing error nearly always, and a
+//! training run that quietly does less than it says costs hours: it is an
+//! error with the nearest real name.
+
+use peft_core::{
+    Error, Names, Outline, Pattern, Result, Site, SiteKind, Spec, closest, fullmatch, nearest,
+    pattern_value, suffix_match,
+};
+
+use crate::config::{Bias, Init, LoraConfig, Tokens, empty};
+
+/// Whose tensors a place uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// Its own.
+    Own,
+    /// Those of the input embedding: the place is the head of a tied model.
+    Embedding,
+}
+
+/// What is done at one place.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Share<'a> {
+    /// A whole copy is trained.
+    pub(crate) save: Option<Owner>,
+    /// Low-rank factors.
+    pub(crate) lora: Option<Owner>,
+    /// Rows of a table.
+    pub(crate) tokens: Option<(Owner, &'a [i64])>,
+    /// The bias.
+    pub(crate) bias: bool,
+}
+
+/// What input and output embedding share, under `ensure_weight_tying`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tie {
+    Save,
+    Target,
+}
+
+/// The names by which Python recognises embeddings when it ties them.
+const EMBEDDINGS: [&str; 2] = ["embed_tokens", "lm_head"];
+/// Heads that Python adds to `modules_to_save` by the task; a model has one of them.
+const HEADS: [&str; 3] = ["classifier", "score", "qa_outputs"];
+
+impl LoraConfig {
+    /// What is done at `site`.
+    pub(crate) fn share(&self, site: &Site, outline: &Outline) -> Result<Share<'_>> {
+        let spec = &outline.spec;
+        let tie = self.tie(spec)?;
+        let head = spec.tied && spec.output_embedding.as_deref() == Some(site.at.as_str());
+        let save = match tie {
+            Some(Tie::Save) if head => Some(Owner::Embedding),
+            _ => self.saves(&site.at).then_some(Owner::Own),
+        };
+        let lora = match tie {
+            _ if save.is_some() || site.kind == SiteKind::Norm => None,
+            Some(Tie::Target) if head => Some(Owner::Embedding),
+            _ => self.targets(&site.at)?.then_some(Owner::Own),
+        };
+        let bias = match self.bias {
+            Bias::None => false,
+            Bias::All => true,
+            Bias::LoraOnly => lora == Some(Owner::Own),
+        };
+        Ok(Share {
+            save,
+            lora,
+            tokens: self.tokens(&site.at, spec),
+            bias: bias && site.bias && save.is_none(),
+        })
+    }
+
+    /// Rank and scale at a place.
+    pub(crate) fn rank_and_scale(&self, at: &str) -> Result<(i64, f64)> {
+        let r = pattern_value(&self.rank_pattern, at)?.unwrap_or(self.r);
+        let alpha = pattern_value(&self.alpha_pattern, at)?.unwrap_or(self.lora_alpha);
+        Ok((r, self.scale(r, alpha)))
+    }
+
+    /// Whether `modules_to_save` names this place or a module that it is in.
+    fn saves(&self, at: &str) -> bool {
+        self.modules_to_save
+            .iter()
+            .flatten()
+            .any(|entry| saves(entry, at))
+    }
+
+    fn excluded(&self, at: &str) -> Result<bool> {
+        match &self.exclude_modules {
+            Some(names) if !empty(names) => names.matches(at),
+            _ => Ok(false),
+        }
+    }
+
+    fn targets(&self, at: &str) -> Result<bool> {
+        Ok(!self.excluded(at)? && self.names(at)? && self.in_blocks(at)?)
+    }
+
+    fn names(&self, at: &str) -> Result<bool> {
+        self.target_modules
+            .as_ref()
+            .map_or(Ok(false), |it| it.matches(at))
+    }
+
+    /// Whether `layers_to_transform` lets this place in.
+    fn in_blocks(&self, at: &str) -> Result<bool> {
+        let blocks = self
+            .layers_to_transform
+            .as_ref()
+            .map_or(&[][..], |it| it.list());
+        let spelt_out = match &self.target_modules {
+            Some(Names::List(list)) => list.iter().any(|entry| entry == at),
+            _ => true,
+        };
+        if blocks.is_empty() || spelt_out {
+            return Ok(true);
+        }
+        Ok(self.block(at)?.is_some_and(|n| blocks.contains(&n)))
+    }
+
+    /// The number of the block that a place is in.
+    fn block(&self, at: &str) -> Result<Option<i64>> {
+        let lists: &[String] = match &self.layers_pattern {
+            Some(Names::List(list)) => list,
+            Some(Names::Regex(one)) if !one.is_empty() => std::slice::from_ref(one),
+            _ => &[],
+        };
+        let number = |source: String, shown: &str| -> Result<Option<i64>> {
+            let groups = Pattern::new(&source, shown)?.groups(at)?;
+            // The number is the last group, whatever groups the user's pattern has.
+            let last = groups.and_then(|groups| groups.into_iter().next_back().flatten());
+            Ok(last.and_then(|digits| digits.parse().ok()))
+        };
+        if lists.is_empty() {
+            return number(r"\A.*?\.[^.]*\.(\d+)\.".to_owned(), "layers_pattern");
+        }
+        for list in lists {
+            let found = number(format!(r"\A(?:^|.*?\.)(?:{list})\.(\d+)\."), list)?;
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
+    }
+
+    /// The trained rows of a place, as it is named; a tied head follows the input embedding.
+    fn tokens(&self, at: &str, spec: &Spec) -> Option<(Owner, &[i64])> {
+        let named = |at: &str| match self.trainable_token_indices.as_ref()? {
+            Tokens::Input(rows) => (at == spec.input_embedding).then_some(rows.as_slice()),
+            Tokens::At(places) => {
+                let found = places.iter().find(|(name, _)| at.ends_with(name.as_str()));
+                found.map(|(_, rows)| rows.as_slice())
+            }
+        };
+        let own = named(at);
+        let head = spec.tied && spec.output_embedding.as_deref() == Some(at);
+        match named(&spec.input_embedding) {
+            Some(rows) if head && own.is_none_or(|it| it == rows) => Some((Owner::Embedding, rows)),
+            _ => own.map(|rows| (Owner::Own, rows)),
+        }
+    }
+
+    fn tie(&self, spec: &Spec) -> Result<Option<Tie>> {
+        if !(self.ensure_weight_tying && spec.tied && spec.output_embedding.is_some()) {
+            return Ok(None);
+        }
+        let known =
+            |entry: &String| EMBEDDINGS.contains(&entry.rsplit('.').next().unwrap_or(entry));
+        if self.modules_to_save.iter().flatten().any(known) {
+            return Ok(Some(Tie::Save));
+        }
+        let targeted = match &self.target_modules {
+            Some(Names::List(list)) => list.iter().any(known),
+            Some(Names::Regex(pattern)) => {
+                let hits: Result<Vec<bool>> =
+                    EMBEDDINGS.iter().map(|it| fullmatch(pattern, it)).collect();
+                hits?.contains(&true)
+            }
+            None => false,
+        };
+        Ok(targeted.then_some(Tie::Target))
+    }
+
+    /// The names under which tied embeddings are saved: the input embedding stands for both.
+    ///
+    /// Python then takes the head out of the list. Where the input embedding has a name by which Python does not
+    /// recognise it again (`wte`) the head stays, or the next reader would not tie them.
+    fn name_tied(&mut self, spec: &Spec) -> Result<()> {
+        let (Some(tie), Some(head)) = (self.tie(spec)?, &spec.output_embedding) else {
+            return Ok(());
+        };
+        let input = &spec.input_embedding;
+        let list = match tie {
+            Tie::Save => self.modules_to_save.get_or_insert_default(),
+            Tie::Target => match &mut self.target_modules {
+                Some(Names::List(list)) => list,
+                Some(Names::Regex(pattern)) => {
+                    if !fullmatch(pattern, input)? {
+                        *pattern = format!("(?:{pattern}|^{}$)", input.replace('.', r"\."));
+                    }
+                    return Ok(());
+                }
+                None => return Ok(()),
+            },
+        };
+        if !list.contains(input) {
+            list.push(input.clone());
+        }
+        if EMBEDDINGS.iter().any(|name| suffix_match(input, name)) {
+            list.retain(|entry| !suffix_match(head, entry));
+        }
+        Ok(())
+    }
+
+    /// Everything filled in that only the model knows, and checked against it.
+    pub(crate) fn resolved(&self, outline: &Outline) -> Result<LoraConfig> {
+        let mut config = self.clone();
+        if config.target_modules.is_none() {
+            let kind = &outline.spec.model_type;
+            let names = crate::tables::default_targets(kind).ok_or_else(|| {
+                LoraConfig::fault(format!(
+                    "there are no default targets for models of type `{kind}`; set target_modules"
+                ))
+            })?;
+            config.target_modules =
+                Some(Names::List(names.iter().map(|&it| it.to_owned()).collect()));
+        }
+        config.name_tied(&outline.spec)?;
+        config.target_modules = config.target_modules.map(|it| it.expand(outline));
+        config.check_against(outline)?;
+        let mut transposed = Vec::new();
+        for site in &outline.sites {
+            if site.kind == SiteKind::Linear && config.share(site, outline)?.lora.is_some() {
+                transposed.push(site.transposed);
+            }
+        }
+        if !transposed.is_empty() {
+            config.fan_in_fan_out = transposed.contains(&true);
+        }
+        Ok(config)
+    }
+
+    fn check_against(&self, outline: &Outline) -> Result<()> {
+        self.check_targets(outline)?;
+        self.check_saved(outline)?;
+        self.check_tokens(outline)?;
+        self.check_patterns(outline)?;
+        for site in &outline.sites {
+            let share = self.share(site, outline)?;
+            if share.lora.is_some() {
+                self.check_target(site, &share)?;
+            }
+            let taken = crate::saved::BIASES
+                .iter()
+                .any(|it| site.held.iter().any(|held| held == it));
+            if share.bias && taken {
+                return Err(LoraConfig::fault(format!(
+                    "bias is `{}`, but another adapter trains the bias of `{}` already; only one can",
+                    if self.bias == Bias::All {
+                        "all"
+                    } else {
+                        "lora_only"
+                    },
+                    site.at
+                )));
+            }
+            if share.save.is_some() && share.tokens.is_some() {
+                return Err(LoraConfig::fault(format!(
+                    "`{}` is in modules_to_save and in trainable_token_indices; it can be trained whole or by rows",
+                    site.at
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_target(&self, site: &Site, share: &Share<'_>) -> Result<()> {
+        let at = &site.at;
+        if site.kind == SiteKind::Embedding && self.lora_bias {
+            return Err(LoraConfig::fault(format!(
+                "lora_bias does not go with an embedding such as `{at}`"
+            )));
+        }
+        if share.lora == Some(Owner::Embedding) && self.use_dora {
+            let reason = "use_dora does not go with target embeddings that ensure_weight_tying ties: their norms differ";
+            return Err(LoraConfig::fault(reason));
+        }
+        let (r, _) = self.rank_and_scale(at)?;
+        let limit = site.shape.iter().copied().min().unwrap_or(0);
+        let of_base = matches!(
+            self.init_lora_weights,
+            Init::Pissa | Init::PissaFast(_) | Init::Olora
+        );
+        if of_base && site.kind == SiteKind::Linear && r > limit {
+            return Err(LoraConfig::fault(format!(
+                "rank {r} at `{at}` is above {limit}, all that the singular directions of a weight {:?} can fill",
+                site.shape
+            )));
+        }
+        Ok(())
+    }
+
+    fn check_targets(&self, outline: &Outline) -> Result<()> {
+        let mut missed = "target_modules";
+        for site in &outline.sites {
+            let named = self.names(&site.at)?;
+            if named
+                && site.kind == SiteKind::Norm
+                && self.targets(&site.at)?
+                && !self.saves(&site.at)
+            {
+                let reason = "is a norm; LoRA goes on linear layers and embeddings, norms into modules_to_save";
+                return Err(LoraConfig::fault(format!(
+                    "target_modules names `{}`, which {reason}",
+                    site.at
+                )));
+            }
+            if self.share(site, outline)?.lora.is_some() {
+                return Ok(());
+            }
+            if named {
+                missed = match (self.excluded(&site.at)?, self.saves(&site.at)) {
+                    (true, _) => "target_modules without exclude_modules",
+                    (_, true) => "target_modules without modules_to_save",
+                    _ => "target_modules within layers_to_transform",
+                };
+            }
+        }
+        let wanted = match &self.target_modules {
+            Some(Names::List(list)) => format!("{list:?}"),
+            Some(Names::Regex(text)) => format!("`{text}`"),
+            None => String::new(),
+        };
+        Err(Error::NoTarget {
+            examples: closest(&wanted, fit(outline), 4),
+            what: format!("{missed} {wanted}"),
+        })
+    }
+
+    fn check_saved(&self, outline: &Outline) -> Result<()> {
+        for entry in self.modules_to_save.iter().flatten() {
+            let used = outline.sites.iter().any(|site| saves(entry, &site.at));
+            let others = || {
+                HEADS
+                    .iter()
+                    .any(|head| outline.sites.iter().any(|it| saves(head, &it.at)))
+            };
+            if !(used || HEADS.contains(&entry.as_str()) && others()) {
+                return Err(Error::NoTarget {
+                    what: format!("modules_to_save `{entry}`"),
+                    examples: closest(entry, outline.sites.iter().map(|it| it.at.as_str()), 4),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_tokens(&self, outline: &Outline) -> Result<()> {
+        if let Some(Tokens::At(places)) = &self.trainable_token_indices {
+            for name in places.keys() {
+                if !outline
+                    .sites
+                    .iter()
+                    .any(|site| site.at.ends_with(name.as_str()))
+                {
+                    return Err(Error::NoTarget {
+                        what: format!("trainable_token_indices `{name}`"),
+                        examples: closest(name, outline.sites.iter().map(|it| it.at.as_str()), 4),
+                    });
+                }
+            }
+        }
+        for site in &outline.sites {
+            let Some((owner, rows)) = self.tokens(&site.at, &outline.spec) else {
+                continue;
+            };
+            let fault = |why: String| {
+                let at = &site.at;
+                Err(LoraConfig::fault(format!(
+                    "trainable_token_indices at `{at}`: {why}"
+                )))
+            };
+            if site.kind == SiteKind::Norm {
+                return fault("it is a norm and has no rows".to_owned());
+            }
+            let vocab = site.shape[0];
+            if let Some(row) = rows.iter().find(|row| !(0..vocab).contains(*row)) {
+                return fault(format!("{row} is not a token; it has 0 to {}", vocab - 1));
+            }
+            let mut sorted = rows.to_vec();
+            sorted.sort_unstable();
+            if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+                return fault(format!("{} is there twice", twice[0]));
+            }
+            if rows.is_empty() {
+                return fault("no rows are named".to_owned());
+            }
+            let head = outline.spec.output_embedding.as_deref() == Some(site.at.as_str());
+            if head && outline.spec.tied && owner == Owner::Own && self.ensure_weight_tying {
+                let shared = self.tokens(&outline.spec.input_embedding, &outline.spec);
+                if shared.is_some() {
+                    return fault("other rows than those of the input embedding, which ensure_weight_tying ties it to".to_owned());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_patterns(&self, outline: &Outline) -> Result<()> {
+        let mut targets = Vec::new();
+        for site in &outline.sites {
+            if self.share(site, outline)?.lora.is_some() {
+                targets.push(site.at.as_str());
+            }
+        }
+        let ranks = self.rank_pattern.keys().map(|key| ("rank_pattern", key));
+        let alphas = self.alpha_pattern.keys().map(|key| ("alpha_pattern", key));
+        for (setting, key) in ranks.chain(alphas) {
+            let pattern = Pattern::new(&format!(r"\A(?:.*\.)?(?:{key})\z"), key)?;
+            let hits: Result<Vec<bool>> = targets.iter().map(|at| pattern.is_match(at)).collect();
+            if !hits?.contains(&true) {
+                return Err(LoraConfig::fault(format!(
+                    "{setting} `{key}` matches none of the {} targets{}",
+                    targets.len(),
+                    nearest(key, targets.iter().copied())
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether an entry of `modules_to_save` names `at` or a module that it is in. As Python does it, without regard to dots:
+/// `norm` also names `input_layernorm`.
+fn saves(entry: &str, at: &str) -> bool {
+    let ends = at.match_indices('.').map(|(i, _)| i).chain([at.len()]);
+    ends.into_iter().any(|end| at[..end].ends_with(entry))
+}
+
+/// The places that a LoRA can go on.
+fn fit(outline: &Outline) -> impl Iterator<Item = &str> {
+    let fit = outline.sites.iter().filter(|it| it.kind != SiteKind::Norm);
+    fit.map(|it| it.at.as_str())
+}

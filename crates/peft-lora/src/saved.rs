@@ -1,0 +1,195 @@
+//! Parts of the base that are trained whole: `modules_to_save`, and `bias`.
+//!
+//! A saved module is a copy that stands in for the base, in the base's dtype and
+//! in the layout that it has on disk, under the plain name of the module. A
+//! trained bias is a new bias b'; what is added is b' − b, so that the base stays
+//! as it is and the two can be told apart again.
+
+use peft_core::{
+    Affine, Beneath, BeneathEmbedding, Ctx, EmbeddingAdapter, LinearAdapter, LinearOp, NormAdapter,
+    Params, Plain, Visit,
+};
+use tch::Tensor;
+
+const WEIGHT: &str = "weight";
+const BIAS: &str = "bias";
+/// The bias of a layer that has a LoRA too.
+const BIAS_BELOW: &str = "base_layer.bias";
+
+fn copy(t: &Tensor) -> Tensor {
+    let copy = tch::no_grad(|| t.detach().contiguous().copy());
+    copy.set_requires_grad(true)
+}
+
+/// Whether the tensors of a copy are somebody else's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    Here,
+    /// The input embedding, whose table this head shares; the file holds them twice.
+    Embedding,
+}
+
+/// A trained copy of a linear layer, an embedding (without a bias) or a norm.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    /// In the layout of the disk.
+    weight: Tensor,
+    bias: Option<Tensor>,
+    /// `weight` is `[in, out]`.
+    transposed: bool,
+    owner: Owner,
+}
+
+impl Saved {
+    /// A copy of a linear layer.
+    pub(crate) fn linear(base: &dyn LinearOp) -> Saved {
+        let (weight, transposed) = (base.weight(), base.transposed());
+        Saved {
+            weight: copy(&if transposed { weight.tr() } else { weight }),
+            bias: base.bias().map(copy),
+            transposed,
+            owner: Owner::Here,
+        }
+    }
+
+    /// A copy of a table or a norm.
+    pub(crate) fn new(weight: &Tensor, bias: Option<&Tensor>) -> Saved {
+        Saved {
+            weight: copy(weight),
+            bias: bias.map(copy),
+            transposed: false,
+            owner: Owner::Here,
+        }
+    }
+
+    /// The head over a table that the input embedding trains.
+    pub(crate) fn tied(table: &Tensor, bias: Option<&Tensor>) -> Saved {
+        Saved {
+            weight: table.shallow_clone(),
+            bias: bias.map(Tensor::shallow_clone),
+            transposed: false,
+            owner: Owner::Embedding,
+        }
+    }
+
+    /// The trained weight.
+    pub(crate) fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    fn plain(&self) -> Plain {
+        Plain {
+            weight: match self.transposed {
+                true => self.weight.tr(),
+                false => self.weight.shallow_clone(),
+            },
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+}
+
+impl LinearAdapter for Saved {
+    fn forward(&self, x: &Tensor, _: Beneath<'_>, _: Ctx) -> Tensor {
+        let Plain { weight, bias } = self.plain();
+        peft_torch::linear(x, &weight, bias.as_ref())
+    }
+
+    fn merge(&self, _: Plain, _: &dyn LinearOp) -> Option<Plain> {
+        Some(self.plain())
+    }
+}
+
+impl EmbeddingAdapter for Saved {
+    fn forward(&self, ids: &Tensor, _: BeneathEmbedding<'_>, _: Ctx) -> Tensor {
+        Tensor::embedding(&self.weight, ids, -1, false, false)
+    }
+
+    fn merge(&self, _: Tensor, _: &Tensor) -> Option<Tensor> {
+        Some(self.weight.shallow_clone())
+    }
+}
+
+impl NormAdapter for Saved {
+    fn affine(&self, _: Affine) -> Affine {
+        let Plain { weight, bias } = self.plain();
+        Affine { weight, bias }
+    }
+}
+
+impl Params for Saved {
+    fn params(&self, visit: Visit<'_>) {
+        if self.owner == Owner::Here {
+            visit(WEIGHT, &self.weight);
+            if let Some(bias) = &self.bias {
+                visit(BIAS, bias);
+            }
+        }
+    }
+
+    fn derived(&self, visit: Visit<'_>) {
+        if self.owner == Owner::Embedding {
+            visit(WEIGHT, &self.weight);
+        }
+    }
+}
+
+/// A trained bias of a linear layer or a norm.
+#[derive(Debug)]
+pub(crate) struct Shift {
+    /// b of the base `[out]`
+    base: Tensor,
+    /// b' `[out]`
+    bias: Tensor,
+    name: &'static str,
+}
+
+impl Shift {
+    /// Beginning at the base's bias; `below`: the layer has a LoRA too.
+    pub(crate) fn new(base: &Tensor, below: bool) -> Shift {
+        Shift {
+            base: base.detach(),
+            bias: copy(base),
+            name: if below { BIAS_BELOW } else { BIAS },
+        }
+    }
+
+    /// `bias` of what lies beneath, moved.
+    fn moved(&self, beneath: Option<Tensor>) -> Option<Tensor> {
+        let shift = &self.bias - &self.base;
+        Some(match beneath {
+            Some(bias) => bias + shift,
+            None => shift,
+        })
+    }
+}
+
+impl LinearAdapter for Shift {
+    fn forward(&self, x: &Tensor, beneath: Beneath<'_>, _: Ctx) -> Tensor {
+        beneath.forward(x).g_add_(&(&self.bias - &self.base))
+    }
+
+    fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
+        Some(Plain {
+            weight: plain.weight,
+            bias: self.moved(plain.bias),
+        })
+    }
+}
+
+impl NormAdapter for Shift {
+    fn affine(&self, beneath: Affine) -> Affine {
+        Affine {
+            weight: beneath.weight,
+            bias: self.moved(beneath.bias),
+        }
+    }
+}
+
+impl Params for Shift {
+    fn params(&self, visit: Visit<'_>) {
+        visit(self.name, &self.bias);
+    }
+}
+
+/// The names under which [`Shift`] and [`Saved`] keep a bias.
+pub(crate) const BIASES: [&str; 2] = [BIAS, BIAS_BELOW];
