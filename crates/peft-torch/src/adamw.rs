@@ -70,6 +70,9 @@ impl AdamW {
         weight_decay: f64,
     ) -> Result<(), TchError> {
         let grads: Vec<Tensor> = params.iter().map(|(p, _)| p.grad()).collect();
+        for ((_, moments), _) in params.iter_mut().zip(&grads).filter(|(_, g)| g.defined()) {
+            let _ = moments.step.g_add_scalar_(1.0); // the kernel wants the number of this step
+        }
         let params: &[(&mut Tensor, &mut Moments)] = params;
         let trained = || (0..params.len()).filter(|&i| grads[i].defined());
         if trained().next().is_none() {
