@@ -48,6 +48,7 @@ pub(crate) fn demo(args: &Args) -> Result<()> {
     let train = arguments(args);
     ui::say(ui::dim(format!("peft {}", train.join(" "))));
     println!();
+    start_over()?;
     run::run(
         Command::new(&program)
             .args(&train)

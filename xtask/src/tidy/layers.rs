@@ -116,9 +116,12 @@ fn may_know(from: &str, to: &str, dev: bool) -> bool {
 }
 
 /// The pairs beside each other that know each other, each with its reason.
-const NEIGHBOURS: [(&str, &str); 2] = [
+const NEIGHBOURS: [(&str, &str); 4] = [
     // A GGUF file is one of the containers that a model is read from.
     ("peft-models", "peft-gguf"),
+    // The loop is where a model meets data; what it trains, it does not know.
+    ("peft-train", "peft-models"),
+    ("peft-train", "peft-data"),
     // Sharded training is training.
     ("peft-dist", "peft-train"),
 ];
