@@ -409,7 +409,7 @@ fn penalise(scores: &Tensor, seen: &[u32], penalty: f64) -> Result<(), TchError>
     let at = Tensor::from_slice(&seen).to_device(scores.device());
     let old = scores.f_index_select(0, &at)?;
     let new = old.f_div_scalar(penalty)?.f_where_self(&old.f_gt(0.0)?, &(&old * penalty))?;
-    scores.shallow_clone().f_index_copy_(0, &at, &new)?;
+    let _ = scores.shallow_clone().f_index_copy_(0, &at, &new)?;
     Ok(())
 }
 
@@ -427,7 +427,7 @@ fn warp(scores: &Tensor, it: &Sampling) -> Result<Tensor, TchError> {
         let (sorted, order) = scores.f_sort(-1, false)?;
         let below = sorted.f_softmax(-1, Kind::Float)?.f_cumsum(-1, Kind::Float)?;
         let gone = below.f_le(1.0 - it.top_p)?;
-        gone.narrow(-1, vocab - 1, 1).f_fill_(0)?; // the best one stays
+        let _ = gone.narrow(-1, vocab - 1, 1).f_fill_(0)?; // the best one stays
         scores = scores.f_masked_fill(&gone.f_scatter(-1, &order, &gone)?, out)?;
     }
     if it.min_p > 0.0 {
@@ -444,7 +444,7 @@ fn draw(scores: &Tensor, random: &[f64]) -> Result<Tensor, TchError> {
     let last = below.size()[1] - 1;
     let random = Tensor::from_slice(random).to_device(scores.device()).view([-1, 1]);
     let wanted = random * below.narrow(-1, last, 1);
-    let at = below.f_searchsorted(&wanted, false, true, "right", None::<Tensor>)?;
+    let at = wanted.f_searchsorted(&below, false, true, "right", None::<Tensor>)?;
     at.f_clamp_max(last)?.f_squeeze_dim(-1)
 }
 
