@@ -1,0 +1,227 @@
+//! The optimiser's side of a run: which tensors decay, how gradients are clipped, what is remembered.
+//!
+//! Weight decay pulls a weight towards zero, which makes no sense for a bias or
+//! the scale of a norm; Hugging Face tells them apart by name, and so does
+//! [`decays`]. Clipping follows `torch.nn.utils.clip_grad_norm_`: with the norm
+//! n of all gradients together, g ← g · min(1, max / (n + 1e-6)).
+
+use peft_core::Param;
+use peft_torch::{AdamW, Moments};
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::settings::Settings;
+
+/// AdamW over everything that is trained.
+#[derive(Debug)]
+pub struct Optimizer {
+    adam: AdamW,
+    weight_decay: f64,
+    max_norm: f64,
+    entries: Vec<Entry>,
+}
+
+/// One trained tensor with what the optimiser knows of it.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) key: String,
+    pub(crate) tensor: Tensor,
+    pub(crate) moments: Moments,
+    decays: bool,
+}
+
+impl Optimizer {
+    /// For the tensors of `params` that require a gradient; one that is reached by two names is taken once.
+    pub fn new(params: &[Param], settings: &Settings) -> Result<Optimizer> {
+        let mut entries: Vec<Entry> = Vec::new();
+        for param in params.iter().filter(|it| it.tensor.requires_grad()) {
+            if entries.iter().any(|it| same(&it.tensor, &param.tensor)) {
+                continue;
+            }
+            entries.push(Entry {
+                key: key(param),
+                tensor: param.tensor.shallow_clone(),
+                moments: Moments::new(&param.tensor),
+                decays: !param.norm && decays(&key(param)),
+            });
+        }
+        if entries.is_empty() {
+            return Err(Error::Nothing(
+                "nothing to train: no tensor requires a gradient".into(),
+            ));
+        }
+        Ok(Optimizer {
+            adam: AdamW {
+                betas: (settings.adam_beta1, settings.adam_beta2),
+                eps: settings.adam_epsilon,
+            },
+            weight_decay: settings.weight_decay,
+            max_norm: settings.max_grad_norm,
+            entries,
+        })
+    }
+
+    /// How many numbers are trained.
+    pub fn numel(&self) -> usize {
+        self.entries.iter().map(|it| it.tensor.numel()).sum()
+    }
+
+    /// Sets all gradients to zero.
+    pub fn zero_grad(&mut self) {
+        for entry in &mut self.entries {
+            entry.tensor.zero_grad();
+        }
+    }
+
+    /// The norm of all gradients together: a scalar in fp32, computed where the gradients are.
+    pub fn grad_norm(&self) -> Tensor {
+        let norms: Vec<Tensor> = self
+            .grads()
+            .map(|grad| grad.norm().to_kind(Kind::Float))
+            .collect();
+        match norms.is_empty() {
+            true => Tensor::from(0f32),
+            false => Tensor::stack(&norms, 0).norm(),
+        }
+    }
+
+    /// Scales gradients down where their `norm` is above `max_grad_norm`.
+    pub fn clip(&self, norm: f64) {
+        let scale = (self.max_norm / (norm + 1e-6)).min(1.0);
+        if self.max_norm > 0.0 && scale < 1.0 {
+            self.grads()
+                .for_each(|mut grad| drop(grad.g_mul_scalar_(scale)));
+        }
+    }
+
+    /// One step with the gradients that are there.
+    pub fn step(&mut self, learning_rate: f64) -> Result<()> {
+        for (group, decay) in [(true, self.weight_decay), (false, 0.0)] {
+            let entries = self.entries.iter_mut().filter(|it| it.decays == group);
+            let mut params: Vec<(&mut Tensor, &mut Moments)> = entries
+                .map(|it| (&mut it.tensor, &mut it.moments))
+                .collect();
+            self.adam.step(&mut params, learning_rate, decay)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn entries(&self) -> &[Entry] {
+        &self.entries
+    }
+
+    fn grads(&self) -> impl Iterator<Item = Tensor> {
+        self.entries
+            .iter()
+            .map(|it| it.tensor.grad())
+            .filter(Tensor::defined)
+    }
+}
+
+/// The name of a parameter within a checkpoint.
+pub(crate) fn key(param: &Param) -> String {
+    format!("{}.{}", param.at, param.name)
+}
+
+/// Whether two handles are of one tensor, so that they share a gradient.
+fn same(a: &Tensor, b: &Tensor) -> bool {
+    if a.data_ptr() != b.data_ptr() || a.size() != b.size() || a.numel() == 0 {
+        return false;
+    }
+    // Views of the same numbers have switches of their own; handles share one.
+    let _ = a.set_requires_grad(false);
+    let one = !b.requires_grad();
+    let _ = a.set_requires_grad(true);
+    one
+}
+
+/// Whether Hugging Face's `Trainer` lets weight decay act on a parameter of this name.
+///
+/// Not where the name in lower case contains `bias`, `layernorm` or `rmsnorm`,
+/// or where a part between dots is `norm` or ends in `_norm`.
+///
+/// ```
+/// assert!(peft_train::decays("model.layers.0.self_attn.q_proj.lora_A.weight"));
+/// assert!(!peft_train::decays("transformer.h.0.attn.c_attn.bias"));
+/// assert!(!peft_train::decays("model.layers.0.self_attn.q_norm.weight"));
+/// ```
+pub fn decays(name: &str) -> bool {
+    let name = name.to_lowercase();
+    let anywhere = ["bias", "layernorm", "rmsnorm"]
+        .iter()
+        .any(|it| name.contains(it));
+    let part = name
+        .split('.')
+        .any(|part| part == "norm" || part.ends_with("_norm"));
+    !anywhere && !part
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::Device;
+
+    fn param(at: &str, tensor: &Tensor) -> Param {
+        Param {
+            adapter: "default".into(),
+            at: at.into(),
+            name: "weight".into(),
+            norm: at.starts_with("transformer.") && at.contains("ln_"),
+            tensor: tensor.shallow_clone(),
+        }
+    }
+
+    #[test]
+    fn decay_groups_are_hugging_faces() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/decay.json");
+        let json: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        let models = json.as_object().unwrap();
+        assert!(models.len() > 5);
+        for (model, groups) in models {
+            let names = |group: &str| groups[group].as_array().unwrap().clone();
+            for name in names("decay") {
+                assert!(decays(name.as_str().unwrap()), "{model} {name}");
+            }
+            for name in names("no_decay") {
+                let name = name.as_str().unwrap();
+                // GPT-2's norms are known by their kind and not by their names.
+                assert!(!decays(name) || name.contains("ln_"), "{model} {name}");
+            }
+        }
+    }
+
+    #[test]
+    fn clipping_gives_the_largest_norm() {
+        tch::manual_seed(1);
+        let like = (Kind::Float, Device::Cpu);
+        let a = Tensor::randn([3, 5], like).set_requires_grad(true);
+        let b = Tensor::randn([7], like).set_requires_grad(true);
+        ((&a * &a).sum(Kind::Float) + b.sum(Kind::Float)).backward();
+        let optimizer =
+            Optimizer::new(&[param("a", &a), param("b", &b)], &Settings::default()).unwrap();
+        let norm = optimizer.grad_norm().double_value(&[]);
+        let squares = (&a * &a).sum(Kind::Double).double_value(&[]);
+        let by_hand = (4.0 * squares + 7.0f64).sqrt();
+        assert!((norm - by_hand).abs() < 1e-5);
+        optimizer.clip(norm);
+        assert!((optimizer.grad_norm().double_value(&[]) - 1.0).abs() < 1e-5);
+        optimizer.clip(0.5);
+        assert!((optimizer.grad_norm().double_value(&[]) - 1.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn a_tensor_with_two_names_is_stepped_once_and_its_views_each() {
+        let a = Tensor::zeros([4], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let view = a.detach().set_requires_grad(true);
+        let params = [param("one", &a), param("two", &a), param("three", &view)];
+        let optimizer = Optimizer::new(&params, &Settings::default()).unwrap();
+        let keys: Vec<_> = optimizer
+            .entries()
+            .iter()
+            .map(|it| it.key.as_str())
+            .collect();
+        assert_eq!(keys, ["one.weight", "three.weight"]);
+        assert!(a.requires_grad() && view.requires_grad());
+    }
+}

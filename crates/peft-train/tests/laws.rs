@@ -1,0 +1,445 @@
+//! What the loop promises, on the smallest model that has a loss: the next token given this one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use peft_core::{Ctx, Param, State, tensors};
+use peft_data::{Batch, Dataset, Tokenizer, prepare};
+use peft_train::{
+    Checkpoint, Data, Ending, Error, Event, Objective, Observer, Record, Result, Rows, Run,
+    Settings, Summary, evaluate, read_log, train,
+};
+use tch::{Device, Kind, Tensor};
+
+/// Scores of the next token: dropout(E[token]) · W.
+struct Bigram {
+    embed: Tensor,
+    head: Tensor,
+    dropout: f64,
+    /// The loss of this row is no number.
+    poison: Option<usize>,
+    /// Held-out losses to report instead of the real ones.
+    script: Vec<f64>,
+}
+
+impl Bigram {
+    fn new() -> Bigram {
+        tch::manual_seed(7);
+        let random = |shape: [i64; 2]| {
+            let it = Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.3;
+            it.set_requires_grad(true)
+        };
+        Bigram {
+            embed: random([600, 5]),
+            head: random([5, 600]),
+            dropout: 0.1,
+            poison: None,
+            script: Vec::new(),
+        }
+    }
+}
+
+impl Objective for Bigram {
+    fn loss(&mut self, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)> {
+        let shape = [batch.rows as i64, batch.cols as i64];
+        let (input, labels) = peft_train::tensors(batch, Device::Cpu)?;
+        let count = batch.trained_tokens() as i64;
+        if let (false, Some(&loss)) = (ctx.train, self.script.first()) {
+            self.script.remove(0);
+            return Ok((Tensor::from(loss * count as f64), count));
+        }
+        let seen = Tensor::embedding(&self.embed, &input.ids, -1, false, false);
+        let scores = seen.dropout(self.dropout, ctx.train).matmul(&self.head);
+        let scores = scores.narrow(1, 0, shape[1] - 1).reshape([-1, 600]);
+        let labels = labels.narrow(1, 1, shape[1] - 1).reshape([-1]);
+        let sum =
+            scores.cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::Sum, -100, 0.0);
+        let bad = self.poison.is_some_and(|row| batch.indices.contains(&row));
+        Ok((if bad { sum * f64::NAN } else { sum }, count))
+    }
+
+    fn params(&mut self) -> Vec<Param> {
+        let param = |at: &str, tensor: &Tensor| Param {
+            adapter: "default".into(),
+            at: at.into(),
+            name: "weight".into(),
+            norm: false,
+            tensor: tensor.shallow_clone(),
+        };
+        vec![param("embed", &self.embed), param("head", &self.head)]
+    }
+
+    fn save(&mut self, dir: &Path) -> Result<()> {
+        let state = State::from([("head".into(), self.head.detach().copy())]);
+        Ok(tensors::write(
+            &dir.join("adapter_model.safetensors"),
+            &state,
+        )?)
+    }
+
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+}
+
+/// Twenty-three short rows of different lengths, tokenised.
+fn dataset(dir: &Path) -> (Dataset, u32) {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+    let tokenizer = Tokenizer::open(&fixtures.join("tokenizer")).unwrap();
+    let words =
+        "it is a truth universally acknowledged that a single man in possession of a good fortune";
+    let row = |i: usize| {
+        let text: Vec<&str> = words
+            .split(' ')
+            .cycle()
+            .skip(i * 5)
+            .take(2 + i % 7)
+            .collect();
+        format!("{{\"text\": \"{}\"}}\n", text.join(" "))
+    };
+    let path = dir.join("rows.jsonl");
+    fs::write(&path, (0..23).map(row).collect::<String>()).unwrap();
+    let options = peft_data::Options::default();
+    let data = prepare(&[path], &tokenizer, &options, &|_| {}).unwrap();
+    (data, tokenizer.pad_id())
+}
+
+struct World {
+    dir: tempfile::TempDir,
+    data: Dataset,
+    pad: u32,
+}
+
+impl World {
+    fn new() -> World {
+        let dir = tempfile::tempdir().unwrap();
+        let (data, pad) = dataset(dir.path());
+        World { dir, data, pad }
+    }
+
+    fn data(&self) -> Data<'_> {
+        let rows = |range: std::ops::Range<usize>| {
+            Rows::new(&self.data, range.collect(), self.pad).unwrap()
+        };
+        Data {
+            train: rows(0..18),
+            held_out: Some(rows(18..23)),
+        }
+    }
+
+    fn run(&self, name: &str) -> Run {
+        Run::create(&self.dir.path().join(name), false).unwrap()
+    }
+
+    fn run_at(&self, name: &str) -> Run {
+        Run::at(&self.dir.path().join(name))
+    }
+
+    fn train(&self, name: &str, settings: &Settings, model: &mut Bigram) -> Result<Summary> {
+        train(
+            model,
+            settings,
+            &self.data(),
+            &self.run(name),
+            None,
+            &mut (),
+        )
+    }
+}
+
+fn settings() -> Settings {
+    Settings {
+        learning_rate: 0.02,
+        per_device_train_batch_size: 4,
+        gradient_accumulation_steps: 2,
+        num_train_epochs: 4.0,
+        eval_steps: Some(4),
+        save_steps: 5,
+        weight_decay: 0.1,
+        ..Settings::default()
+    }
+}
+
+/// The log without what a clock or the system tells.
+fn log(run: &Run) -> Vec<Record> {
+    let mut records = read_log(&run.log()).unwrap();
+    for record in &mut records {
+        match record {
+            Record::Step(it) => (it.tokens_per_second, it.memory) = (0.0, None),
+            Record::Eval(it) => it.seconds = 0.0,
+        }
+    }
+    records
+}
+
+fn bits(run: &Run, folder: PathBuf) -> Vec<u8> {
+    fs::read(run.dir().join(folder).join("adapter_model.safetensors")).unwrap()
+}
+
+#[test]
+fn a_run_learns_and_leaves_a_whole_folder() {
+    let world = World::new();
+    let summary = world.train("run", &settings(), &mut Bigram::new()).unwrap();
+    assert_eq!((summary.steps, summary.ending), (12, Ending::Done)); // 5 batches, 3 windows an epoch
+    assert!(
+        summary.last_eval.unwrap() < summary.first_eval.unwrap() - 0.1,
+        "{summary:?}"
+    );
+    let run = world.run_at("run");
+    let records = log(&run);
+    assert_eq!(records.len(), 12 + 1 + 3);
+    let png = fs::read(run.curve("png")).unwrap();
+    assert!(png.starts_with(b"\x89PNG") && png.len() > 10_000);
+    let svg = fs::read_to_string(run.curve("svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("held out") && svg.ends_with("</svg>\n"));
+    assert_eq!(bits(&run, run.best()), bits(&run, run.adapter()));
+    let left = fs::read_dir(run.dir())
+        .unwrap()
+        .map(|it| it.unwrap().file_name());
+    let left: Vec<_> = left
+        .filter(|it| it.to_string_lossy().contains("partial"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn a_seed_means_the_same_bits() {
+    let world = World::new();
+    world.train("a", &settings(), &mut Bigram::new()).unwrap();
+    world.train("b", &settings(), &mut Bigram::new()).unwrap();
+    let other = Settings {
+        seed: 43,
+        ..settings()
+    };
+    world.train("c", &other, &mut Bigram::new()).unwrap();
+    let [a, b, c] = ["a", "b", "c"].map(|name| world.run_at(name));
+    assert_eq!(bits(&a, a.adapter()), bits(&b, b.adapter()));
+    assert_eq!(log(&a), log(&b));
+    assert_ne!(bits(&a, a.adapter()), bits(&c, c.adapter()));
+}
+
+/// Stops after some steps.
+struct StopAfter(usize, usize);
+
+impl Observer for StopAfter {
+    fn on(&mut self, event: &Event<'_>) {
+        if let Event::Step { done, .. } = event {
+            self.1 = *done;
+        }
+    }
+    fn stop(&self) -> bool {
+        self.1 >= self.0
+    }
+}
+
+#[test]
+fn a_resumed_run_is_an_unbroken_run() {
+    let world = World::new();
+    let plateau = Settings {
+        lr_scheduler_type: serde_json::from_str("\"reduce_on_plateau\"").unwrap(),
+        lr_scheduler_kwargs: serde_json::from_str(r#"{"patience": 0, "threshold": 0.5}"#).unwrap(),
+        logging_steps: 2,
+        eval_steps: Some(2),
+        ..settings()
+    };
+    for (at, settings) in [settings(), plateau].iter().enumerate() {
+        let whole = format!("whole{at}");
+        world.train(&whole, settings, &mut Bigram::new()).unwrap();
+        let whole = world.run_at(&whole);
+        for stop in [1, 5, 8] {
+            let run = world.run(&format!("broken{at}-{stop}"));
+            let data = world.data();
+            let mut first = Bigram::new();
+            let mut watch = StopAfter(stop, 0);
+            let summary = train(&mut first, settings, &data, &run, None, &mut watch).unwrap();
+            assert_eq!((summary.ending, summary.steps), (Ending::Interrupted, stop));
+            // What was logged after the checkpoint, as by a run that was killed, does not count.
+            let mut text = fs::read_to_string(run.log()).unwrap();
+            text.push_str("{\"step\": 99");
+            fs::write(run.log(), text).unwrap();
+
+            let mut second = Bigram::new();
+            drop(tch::no_grad(|| second.head.fill_(1.0)));
+            let from = Checkpoint::load(&run.checkpoint()).unwrap();
+            let data = world.data();
+            let summary = train(&mut second, settings, &data, &run, Some(from), &mut ()).unwrap();
+            assert_eq!(summary.ending, Ending::Done);
+            assert_eq!(log(&run), log(&whole), "stopped after {stop}");
+            assert_eq!(bits(&run, run.adapter()), bits(&whole, whole.adapter()));
+            assert_eq!(bits(&run, run.best()), bits(&whole, whole.best()));
+        }
+    }
+}
+
+#[test]
+fn a_window_is_the_big_batch() {
+    let world = World::new();
+    let step = |batch: usize, window: usize, name: &str| {
+        let settings = Settings {
+            per_device_train_batch_size: batch,
+            gradient_accumulation_steps: window,
+            num_train_epochs: 2.0,
+            ..settings()
+        };
+        let mut model = Bigram {
+            dropout: 0.0,
+            ..Bigram::new()
+        };
+        world.train(name, &settings, &mut model).unwrap();
+        (model, log(&world.run_at(name)))
+    };
+    // 18 rows: windows of 8, 8 and 2 rows.
+    let (big, big_log) = step(8, 1, "big");
+    for (batch, window) in [(1, 8), (2, 4), (4, 2)] {
+        let (small, small_log) = step(batch, window, &format!("small{batch}"));
+        for (a, b) in [(&big.embed, &small.embed), (&big.head, &small.head)] {
+            let worst = (a - b).abs().max().double_value(&[]);
+            assert!(worst < 1e-5, "{batch} × {window}: {worst}");
+        }
+        assert_eq!(big_log.len(), small_log.len());
+        for (a, b) in big_log.iter().zip(&small_log) {
+            if let (Record::Step(a), Record::Step(b)) = (a, b) {
+                assert!((a.loss - b.loss).abs() < 1e-5 && (a.grad_norm - b.grad_norm).abs() < 1e-4);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_loss_that_is_no_number_names_its_rows_and_changes_nothing() {
+    let world = World::new();
+    let mut model = Bigram {
+        poison: Some(11),
+        ..Bigram::new()
+    };
+    let error = world.train("run", &settings(), &mut model).unwrap_err();
+    assert!(matches!(error, Error::NotFinite { .. }));
+    let text = error.to_string();
+    assert!(
+        text.contains("rows.jsonl, row 12") && text.contains("NaN"),
+        "{text}"
+    );
+    for param in model.params() {
+        assert!(
+            bool::try_from(param.tensor.isfinite().all()).unwrap(),
+            "{}",
+            param.at
+        );
+    }
+}
+
+#[test]
+fn the_best_is_kept_and_patience_ends() {
+    let world = World::new();
+    let settings = Settings {
+        eval_steps: Some(1),
+        early_stopping_patience: Some(2),
+        per_device_eval_batch_size: 100, // one batch an evaluation, so one line of the script each
+        eval_on_start: false,
+        ..settings()
+    };
+    let script = vec![3.0, 2.0, 2.5, 2.4, 1.0];
+    let mut model = Bigram {
+        script,
+        ..Bigram::new()
+    };
+    let summary = world.train("run", &settings, &mut model).unwrap();
+    assert_eq!((summary.ending, summary.steps), (Ending::EarlyStopped, 4));
+    assert_eq!(
+        summary.best.map(|best| (best.step, best.eval_loss)),
+        Some((2, 2.0))
+    );
+    let run = world.run_at("run");
+    let stop = Settings {
+        max_steps: 2,
+        early_stopping_patience: None,
+        ..settings
+    };
+    // The learning rate depends on the planned steps, so it is held still.
+    let constant = |it: Settings| Settings {
+        lr_scheduler_type: serde_json::from_str("\"constant\"").unwrap(),
+        ..it
+    };
+    assert_ne!(bits(&run, run.best()), bits(&run, run.adapter()));
+    world
+        .train("two", &constant(stop.clone()), &mut Bigram::new())
+        .unwrap();
+    let four = constant(Settings {
+        max_steps: 4,
+        ..stop
+    });
+    let mut model = Bigram {
+        script: vec![3.0, 2.0, 2.5, 2.4],
+        ..Bigram::new()
+    };
+    world.train("four", &four, &mut model).unwrap();
+    let (two, four) = (world.run_at("two"), world.run_at("four"));
+    assert_eq!(bits(&four, four.best()), bits(&two, two.adapter()));
+}
+
+#[test]
+fn evaluation_weighs_tokens_not_batches() {
+    let world = World::new();
+    let mut model = Bigram::new();
+    let rows = world.data().train;
+    let all = evaluate(&mut model, &rows, 100, &mut |_, _| {}).unwrap();
+    for size in [1, 3, 8] {
+        let some = evaluate(&mut model, &rows, size, &mut |_, _| {}).unwrap();
+        assert_eq!(some.labels, all.labels);
+        assert!((some.loss() - all.loss()).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn a_run_does_not_go_on_with_other_settings_or_data() {
+    let world = World::new();
+    let run = world.run("run");
+    let mut watch = StopAfter(2, 0);
+    train(
+        &mut Bigram::new(),
+        &settings(),
+        &world.data(),
+        &run,
+        None,
+        &mut watch,
+    )
+    .unwrap();
+    let again = |settings: &Settings, data: &Data<'_>| {
+        let from = Checkpoint::load(&run.checkpoint()).unwrap();
+        train(
+            &mut Bigram::new(),
+            settings,
+            data,
+            &run,
+            Some(from),
+            &mut (),
+        )
+        .unwrap_err()
+        .to_string()
+    };
+    let other = Settings {
+        learning_rate: 0.5,
+        ..settings()
+    };
+    assert!(again(&other, &world.data()).contains("the settings it began with"));
+    let fewer = Rows::new(&world.data, (0..9).collect(), world.pad).unwrap();
+    let data = Data {
+        train: fewer,
+        held_out: None,
+    };
+    assert!(again(&settings(), &data).contains("18 rows"));
+}
+
+#[test]
+fn a_folder_that_is_not_empty_is_not_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("thesis.txt"), "mine").unwrap();
+    for overwrite in [false, true] {
+        let error = Run::create(dir.path(), overwrite).unwrap_err().to_string();
+        assert!(error.contains("not empty"), "{error}");
+    }
+    assert_eq!(
+        fs::read_to_string(dir.path().join("thesis.txt")).unwrap(),
+        "mine"
+    );
+}
