@@ -15,6 +15,7 @@
 use crate::tidy::{Finding, layers::packages};
 use crate::{paths, tasks};
 use anyhow::{Context, Result};
+use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
@@ -132,7 +133,7 @@ fn models(folder: &Path) -> Result<String> {
         let Ok(text) = fs::read_to_string(&path) else {
             continue;
         };
-        let config: serde_json::Value =
+        let config: Value =
             serde_json::from_str(&text).with_context(|| format!("at `{}`", paths::short(&path)))?;
         let kind = config["model_type"]
             .as_str()
@@ -146,35 +147,90 @@ fn models(folder: &Path) -> Result<String> {
     Ok(table(["`model_type`", "compared with Python on"], rows))
 }
 
-/// Methods (a folder of adapters each), with their options and the models that they are compared on.
+/// Methods (a folder of adapters each), with every setting that the adapters vary.
 fn methods(fixtures: &Path) -> Result<String> {
-    let mut rows: BTreeMap<(String, String), (BTreeSet<String>, BTreeSet<String>)> =
-        BTreeMap::new();
+    let mut rows = Vec::new();
     for method in folders(fixtures)? {
+        let mut settings: BTreeMap<String, Varied> = BTreeMap::new();
         for adapter in folders(&fixtures.join(&method))? {
-            let Some((model, case)) = adapter.split_once("__") else {
+            let Some((model, _)) = adapter.split_once("__") else {
                 continue;
             };
-            let (option, value) = case.split_once('-').unwrap_or((case, ""));
-            let (values, models) = rows.entry((method.clone(), option.to_owned())).or_default();
-            values.extend((!value.is_empty()).then(|| value.to_owned()));
-            models.insert(model.to_owned());
+            let path = fixtures
+                .join(&method)
+                .join(&adapter)
+                .join("adapter_config.json");
+            let Ok(text) = fs::read_to_string(&path) else {
+                continue;
+            };
+            let config: BTreeMap<String, Value> = serde_json::from_str(&text)
+                .with_context(|| format!("at `{}`", paths::short(&path)))?;
+            for (key, value) in config
+                .into_iter()
+                .filter(|(key, _)| !NO_SETTINGS.contains(&key.as_str()))
+            {
+                settings.entry(key).or_default().add(value, model);
+            }
         }
-    }
-    let rows = rows
-        .into_iter()
-        .map(|((method, option), (values, models))| {
+        let varied = settings
+            .into_iter()
+            .filter(|(_, varied)| varied.0.len() > 1);
+        rows.extend(varied.map(|(key, varied)| {
             [
                 format!("`{method}`"),
-                option,
-                joined(values),
-                joined(models),
+                format!("`{key}`"),
+                varied.values(),
+                joined(varied.models()),
             ]
-        });
+        }));
+    }
     Ok(table(
-        ["method", "option", "values", "compared with Python on"],
+        ["method", "setting", "values", "compared with Python on"],
         rows,
     ))
+}
+
+/// Keys of every adapter's file that say where it is from, not what it computes.
+const NO_SETTINGS: [&str; 3] = ["base_model_name_or_path", "peft_version", "task_type"];
+
+/// The values that one setting takes, each with the models of its adapters.
+#[derive(Default)]
+struct Varied(BTreeMap<String, Vec<String>>);
+
+impl Varied {
+    fn add(&mut self, value: Value, model: &str) {
+        self.0
+            .entry(value.to_string())
+            .or_default()
+            .push(model.to_owned());
+    }
+
+    /// `true`, `false`; lists and maps are counted.
+    fn values(&self) -> String {
+        let (long, short): (Vec<&String>, Vec<&String>) = self
+            .0
+            .keys()
+            .partition(|value| value.starts_with(['[', '{']) || value.len() > 24);
+        let mut shown: Vec<String> = short
+            .iter()
+            .map(|value| format!("`{}`", value.trim_matches('"')))
+            .collect();
+        if !long.is_empty() {
+            shown.push(format!("{} lists or maps", long.len()));
+        }
+        shown.join(", ")
+    }
+
+    /// The models that have it set to anything but its usual value.
+    fn models(&self) -> BTreeSet<String> {
+        let usual = self
+            .0
+            .iter()
+            .max_by_key(|(_, models)| models.len())
+            .map(|(value, _)| value);
+        let others = self.0.iter().filter(|(value, _)| Some(*value) != usual);
+        others.flat_map(|(_, models)| models).cloned().collect()
+    }
 }
 
 fn folders(path: &Path) -> Result<Vec<String>> {
