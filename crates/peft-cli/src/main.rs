@@ -5,9 +5,11 @@
 //! line, prepares libtorch, and turns an error into one line and an exit code: 2 for a command line that
 //! cannot be right, 1 for work that failed.
 
+mod answer;
 mod args;
 mod commands;
 mod error;
+mod sources;
 
 mod terminal;
 
@@ -66,12 +68,11 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    terminal::quiet_panics();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return error::refuse(&error),
     };
-    match run(cli) {
+    match terminal::guarded(|| run(cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => error::report(&error),
     }

@@ -1,12 +1,240 @@
-//! `peft info`.
+//! `peft info`: what a model is, or an adapter, and what a method would train.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use peft::{
+    core::{Adapter, Error, ModelExt, Tuner, nearest},
+    models::{Decoder, MODEL_TYPES, OpenOptions, Source, open_source, parameters},
+    train::Run,
+};
+use serde_json::{Map, Value, json};
+use tch::Kind;
+
+use crate::{
+    args::kind_name,
+    commands::check::plain_table,
+    error::usage,
+    sources::base_of,
+    terminal::{bytes, grouped},
+};
 
 /// Flags of `peft info`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {}
+pub(crate) struct Args {
+    /// A model (folder, hub id, .gguf file), an adapter folder, or a run
+    #[arg(value_name = "MODEL|ADAPTER")]
+    what: String,
+    /// What this method would train, instead of a table of usual settings
+    #[arg(long, value_name = "NAME")]
+    method: Option<String>,
+    /// A setting of the method; the value is JSON or a word
+    #[arg(long = "set", value_name = "KEY=VALUE", requires = "method")]
+    set: Vec<String>,
+}
 
-/// Runs `peft info`.
-pub(crate) fn run(_args: Args) -> Result<()> {
-    Err(crate::error::usage("`peft info` is being written"))
+/// Describes.
+pub(crate) fn run(args: Args) -> Result<()> {
+    let dir = Path::new(&args.what);
+    if Run::is_run(dir) {
+        return run_folder(&Run::open(dir)?);
+    }
+    if dir.join("adapter_config.json").is_file() {
+        return adapter(dir);
+    }
+    let source = Source::find(&args.what)?;
+    let mut model = open_source(&source, OpenOptions::default())
+        .with_context(|| format!("model `{}`", args.what))?;
+    describe(&source, &mut *model);
+    match &args.method {
+        None => usual(&mut *model),
+        Some(name) => one(&mut *model, name, &args.set),
+    }
+}
+
+fn line(name: &str, value: impl std::fmt::Display) {
+    println!("{name:<14}{value}");
+}
+
+fn describe(source: &Source, model: &mut dyn Decoder) {
+    let spec = model.spec();
+    let count = parameters(model);
+    let size = |kind: Kind| bytes(count.unsigned_abs() * kind.elt_size_in_bytes() as u64);
+    line("model", source.path().display());
+    line(
+        "type",
+        format!("{} (known: {})", spec.model_type, MODEL_TYPES.join(", ")),
+    );
+    line(
+        "parameters",
+        format!("{} in {}", grouped(count), kind_name(model.kind())),
+    );
+    line(
+        "weights",
+        format!(
+            "{} in fp32, {} in bf16",
+            size(Kind::Float),
+            size(Kind::BFloat16)
+        ),
+    );
+    line(
+        "layers",
+        format!("{} of width {}", spec.layers, spec.hidden),
+    );
+    line(
+        "heads",
+        format!(
+            "{} for keys and values, of width {}",
+            spec.kv_heads, spec.head_dim
+        ),
+    );
+    let tied = if spec.tied {
+        ", the output head is the input embedding"
+    } else {
+        ""
+    };
+    line("vocabulary", format!("{}{tied}", grouped(model.vocab())));
+    line("context", grouped(model.max_positions()));
+    let layers = i64::try_from(spec.layers).unwrap_or(i64::MAX);
+    let cache = 2
+        * layers.saturating_mul(spec.kv_heads * spec.head_dim)
+        * model.kind().elt_size_in_bytes() as i64;
+    line("cache", format!("{} a token", bytes(cache.unsigned_abs())));
+    println!();
+}
+
+/// Settings that people use, and what they would train.
+fn usual(model: &mut dyn Decoder) -> Result<()> {
+    let mut table = plain_table();
+    table.set_header([
+        "LoRA",
+        "targets",
+        "trainable",
+        "of all",
+        "file",
+        "optimiser",
+    ]);
+    for (targets, shown) in [
+        (Value::Null, "usual for this type"),
+        (json!("all-linear"), "all linear layers"),
+    ] {
+        for r in [8, 16, 64] {
+            let settings = json!({"peft_type": "LORA", "r": r, "target_modules": targets});
+            let tuner = peft::builtin().parse(settings)?;
+            let mut row = vec![format!("r {r}"), shown.to_owned()];
+            row.extend(counted(model, &*tuner)?.cells());
+            table.add_row(row);
+        }
+    }
+    println!("{}", table.trim_fmt());
+    Ok(())
+}
+
+/// One method with given settings.
+fn one(model: &mut dyn Decoder, method: &str, sets: &[String]) -> Result<()> {
+    let registry = peft::builtin();
+    let known = registry.known();
+    let tag = method.to_uppercase();
+    if !known.contains(&tag.as_str()) {
+        let names: Vec<String> = known.iter().map(|it| it.to_lowercase()).collect();
+        let hint = nearest(method, names.iter().map(String::as_str));
+        return Err(usage(format!(
+            "unknown method `{method}`, known are {names:?}{hint}"
+        )));
+    }
+    let mut settings = Map::from_iter([("peft_type".to_owned(), Value::String(tag))]);
+    for set in sets {
+        let (key, value) = set
+            .split_once('=')
+            .ok_or_else(|| usage(format!("`--set {set}`: expected KEY=VALUE")))?;
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
+        settings.insert(key.to_owned(), value);
+    }
+    let tuner = registry
+        .parse(Value::Object(settings))
+        .map_err(|error| match error {
+            Error::Config { .. } | Error::Unsupported { .. } => usage(error),
+            other => other.into(),
+        })?;
+    let [trainable, part, file, optimiser] = counted(model, &*tuner)?.cells();
+    line("method", method);
+    line("trainable", format!("{trainable} ({part})"));
+    line("file", file);
+    line("optimiser", optimiser);
+    Ok(())
+}
+
+/// How many numbers a method trains here, of how many.
+struct Count {
+    trainable: i64,
+    all: i64,
+}
+
+fn counted(model: &mut dyn Decoder, tuner: &dyn Tuner) -> Result<Count> {
+    let base = parameters(model);
+    model.inject("default", tuner)?;
+    let trainable = model
+        .trainable("default")
+        .iter()
+        .map(|it| it.tensor.numel() as i64)
+        .sum();
+    model.delete("default")?;
+    Ok(Count {
+        trainable,
+        all: base + trainable,
+    })
+}
+
+impl Count {
+    /// Trainable, their part, the size of the file in fp32, and of gradients and moments while training.
+    fn cells(&self) -> [String; 4] {
+        let n = self.trainable.unsigned_abs();
+        [
+            grouped(self.trainable),
+            format!("{:.3} %", 100.0 * self.trainable as f64 / self.all as f64),
+            bytes(4 * n),
+            bytes(12 * n),
+        ]
+    }
+}
+
+fn run_folder(run: &Run) -> Result<()> {
+    let info = run.info()?;
+    line("run", run.dir().display());
+    line("status", format!("{:?}", info.status).to_lowercase());
+    line("base", &info.base_model);
+    line("dtype", &info.dtype);
+    println!();
+    adapter(&run.adapter())
+}
+
+fn adapter(dir: &Path) -> Result<()> {
+    let adapter = Adapter::load(dir, &peft::builtin())?;
+    let json = adapter.tuner.to_json();
+    let numbers: i64 = adapter.state.values().map(|it| it.numel() as i64).sum();
+    line("adapter", dir.display());
+    line("method", adapter.tuner.peft_type());
+    line("base", base_of(dir).unwrap_or_else(|_| "not named".into()));
+    line(
+        "parameters",
+        format!("{} in {} tensors", grouped(numbers), adapter.state.len()),
+    );
+    // Of the settings, those that say something.
+    let plain = peft::builtin()
+        .parse(json!({"peft_type": adapter.tuner.peft_type()}))
+        .map(|it| it.to_json());
+    let plain = plain.unwrap_or_default();
+    let hidden = [
+        "peft_type",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_version",
+    ];
+    for (key, value) in json.as_object().into_iter().flatten() {
+        let usual = plain.get(key) == Some(value) || value.is_null();
+        if !hidden.contains(&key.as_str()) && (!usual || key == "r" || key == "lora_alpha") {
+            println!("  {key}: {value}");
+        }
+    }
+    Ok(())
 }

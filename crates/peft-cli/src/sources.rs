@@ -1,0 +1,365 @@
+//! What a command works on: a run folder, an adapter folder, or a model with adapters named by flags.
+//!
+//! ```text
+//! peft chat RUN                      the base, adapter and tokenizer of a run
+//! peft chat ADAPTER                  an adapter folder; it names its base
+//! peft chat MODEL                    a model folder, a hub id, a .gguf file
+//! peft chat --model MODEL --adapter DIR --adapter NAME=DIR
+//! ```
+//!
+//! The tag decides, never the look of the path: `run.json` makes a run, `adapter_config.json` an adapter.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use peft::{
+    core::{Adapter, files},
+    data::Tokenizer,
+    models::{Decoder, OpenOptions, Source, open_source},
+    train::Run,
+};
+use tch::{Device, Kind};
+use tempfile::TempDir;
+
+use crate::{args::Placement, error::usage};
+
+/// On-disk name of an adapter's configuration.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+
+/// Which model, with which adapters.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct SourceArgs {
+    /// A run folder, an adapter folder, or a model
+    #[arg(value_name = "RUN", required_unless_present = "model")]
+    run: Option<String>,
+    #[command(flatten)]
+    base: BaseArgs,
+    /// The adapter with the lowest held-out loss instead of the last one
+    #[arg(long, conflicts_with = "adapter")]
+    best: bool,
+    /// The base alone, without the adapter
+    #[arg(long, conflicts_with_all = ["adapter", "best"])]
+    no_adapter: bool,
+}
+
+/// A model and adapters, by flags alone.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Model")]
+pub(crate) struct BaseArgs {
+    /// The base: a model folder, a hub id or a .gguf file
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+    /// An adapter folder, with a name if wanted; several work together
+    #[arg(long, value_name = "[NAME=]DIR")]
+    pub(crate) adapter: Vec<NamedFolder>,
+}
+
+/// `DIR` or `NAME=DIR`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct NamedFolder {
+    /// The name, if one was given.
+    pub(crate) name: Option<String>,
+    /// The folder.
+    pub(crate) dir: PathBuf,
+}
+
+impl std::str::FromStr for NamedFolder {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<NamedFolder, String> {
+        let whole = |dir: &str| NamedFolder {
+            name: None,
+            dir: dir.into(),
+        };
+        match text.split_once('=') {
+            // A folder may have an equals sign in its name.
+            Some((name, dir)) if !Path::new(text).exists() => {
+                if name.is_empty() || dir.is_empty() || name.contains(['.', '/']) {
+                    return Err("expected DIR or NAME=DIR, the name without dots".into());
+                }
+                Ok(NamedFolder {
+                    name: Some(name.into()),
+                    dir: dir.into(),
+                })
+            }
+            _ if text.is_empty() => Err("a folder is wanted".into()),
+            _ => Ok(whole(text)),
+        }
+    }
+}
+
+/// What was meant, found and named.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    /// The base, as it was named.
+    pub(crate) model: String,
+    /// Where the base lies.
+    pub(crate) base: Source,
+    /// Adapters in the order they are stacked.
+    pub(crate) adapters: Vec<(String, PathBuf)>,
+    /// A folder with a tokenizer that goes before the base's own: that of a run or adapter.
+    pub(crate) tokenizer: Option<PathBuf>,
+}
+
+impl SourceArgs {
+    /// Finds everything; nothing is loaded yet.
+    pub(crate) fn find(&self) -> Result<Sources> {
+        let Some(run) = &self.run else {
+            if self.best {
+                return Err(usage(
+                    "`--best` chooses among the adapters of a run; name the run",
+                ));
+            }
+            return self.base.find();
+        };
+        let dir = Path::new(run);
+        if Run::is_run(dir) {
+            return self.of_run(&Run::open(dir)?);
+        }
+        if self.best {
+            return Err(usage(format!(
+                "`--best` chooses among the adapters of a run, and `{run}` holds none"
+            )));
+        }
+        if dir.join(ADAPTER_CONFIG).is_file() {
+            return self.of_adapter(dir);
+        }
+        if dir.is_dir() && !dir.join("config.json").is_file() {
+            anyhow::bail!(
+                "`{run}` holds no run (run.json), no adapter ({ADAPTER_CONFIG}) and no model (config.json)"
+            );
+        }
+        if let Some(model) = &self.base.model {
+            return Err(usage(format!(
+                "`{run}` and `--model {model}` both name a base; give one"
+            )));
+        }
+        let base = BaseArgs {
+            model: Some(run.clone()),
+            adapter: self.base.adapter.clone(),
+        };
+        base.find()
+    }
+
+    fn of_run(&self, run: &Run) -> Result<Sources> {
+        let info = run.info()?;
+        let model = self.base.model.clone().unwrap_or(info.base_model);
+        let of = format!("the base of the run `{}`", run.dir().display());
+        let mut found =
+            found(&model).with_context(|| format!("{of}; name another place with `--model`"))?;
+        found.adapters = match (self.base.adapter.is_empty(), self.no_adapter, self.best) {
+            (false, _, _) => named(&self.base.adapter)?,
+            (_, true, _) => Vec::new(),
+            (_, _, true) => vec![(
+                "default".into(),
+                there(run.best(), "no best adapter: the run was not evaluated")?,
+            )],
+            _ => vec![(
+                "default".into(),
+                there(run.adapter(), "no adapter yet: the run has not ended")?,
+            )],
+        };
+        found.tokenizer = has_tokenizer(run.dir());
+        Ok(found)
+    }
+
+    fn of_adapter(&self, dir: &Path) -> Result<Sources> {
+        let model = match &self.base.model {
+            Some(model) => model.clone(),
+            None => base_of(dir)?,
+        };
+        let mut found = found(&model).with_context(|| {
+            format!(
+                "the base of `{}`; name another place with `--model`",
+                dir.display()
+            )
+        })?;
+        if !self.no_adapter {
+            let this = NamedFolder {
+                name: None,
+                dir: dir.to_owned(),
+            };
+            let all: Vec<NamedFolder> = std::iter::once(this)
+                .chain(self.base.adapter.clone())
+                .collect();
+            found.adapters = named(&all)?;
+        }
+        found.tokenizer = has_tokenizer(dir);
+        Ok(found)
+    }
+}
+
+impl BaseArgs {
+    /// A model with adapters; the first adapter names the model where no flag does.
+    pub(crate) fn find(&self) -> Result<Sources> {
+        let model = match (&self.model, self.adapter.first()) {
+            (Some(model), _) => model.clone(),
+            (None, Some(first)) => base_of(&first.dir)?,
+            (None, None) => return Err(usage("no model: name one with `--model`")),
+        };
+        let mut found = found(&model)?;
+        found.adapters = named(&self.adapter)?;
+        found.tokenizer = self.adapter.first().and_then(|it| has_tokenizer(&it.dir));
+        Ok(found)
+    }
+}
+
+impl Sources {
+    /// Loads the model and dresses it.
+    pub(crate) fn load(&self, device: Device, kind: Option<Kind>) -> Result<Box<dyn Decoder>> {
+        let mut model = open_source(&self.base, OpenOptions { kind, device })
+            .with_context(|| format!("model `{}`", self.model))?;
+        let registry = peft::builtin();
+        for (name, dir) in &self.adapters {
+            let mut apply = || Adapter::load(dir, &registry)?.apply(name, &mut *model);
+            apply().with_context(|| format!("adapter `{}`", dir.display()))?;
+        }
+        Ok(model)
+    }
+
+    /// Loads the model at a place that was chosen.
+    pub(crate) fn load_at(&self, at: Placement) -> Result<Box<dyn Decoder>> {
+        self.load(at.device, Some(at.kind))
+    }
+
+    /// The tokenizer: that of the run or adapter, else of the base.
+    pub(crate) fn tokenizer(&self) -> Result<Voice> {
+        let (dir, held) = match (&self.tokenizer, &self.base) {
+            (Some(dir), _) | (None, Source::Folder(dir)) => (dir.clone(), None),
+            (None, Source::Gguf(file)) => {
+                let held = tempfile::tempdir().context("a temporary folder for the tokenizer")?;
+                peft::gguf::write_tokenizer(&peft::gguf::Gguf::open(file)?, held.path())?;
+                (held.path().to_owned(), Some(held))
+            }
+        };
+        let tokenizer = Tokenizer::open(&dir)?;
+        Ok(Voice {
+            tokenizer,
+            _held: held,
+        })
+    }
+
+    /// The base's own `generation_config.json`, if it has one.
+    pub(crate) fn generation_config(&self) -> Option<PathBuf> {
+        let path = self.base.path().join("generation_config.json");
+        path.is_file().then_some(path)
+    }
+}
+
+/// A tokenizer, and the temporary folder that it may lie in.
+#[derive(Debug)]
+pub(crate) struct Voice {
+    pub(crate) tokenizer: Tokenizer,
+    _held: Option<TempDir>,
+}
+
+impl std::ops::Deref for Voice {
+    type Target = Tokenizer;
+
+    fn deref(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+}
+
+fn found(model: &str) -> Result<Sources> {
+    Ok(Sources {
+        model: model.to_owned(),
+        base: Source::find(model)?,
+        adapters: Vec::new(),
+        tokenizer: None,
+    })
+}
+
+/// The base that an adapter names.
+pub(crate) fn base_of(dir: &Path) -> Result<String> {
+    let path = dir.join(ADAPTER_CONFIG);
+    if !path.exists() {
+        anyhow::bail!(
+            "`{}` holds no adapter: there is no {ADAPTER_CONFIG}",
+            dir.display()
+        );
+    }
+    let json = files::read_json(&path)?;
+    let name = json
+        .get("base_model_name_or_path")
+        .and_then(|it| it.as_str());
+    let name = name.filter(|it| !it.is_empty());
+    name.map(str::to_owned).with_context(|| {
+        format!(
+            "{}: no `base_model_name_or_path`; name the base with `--model`",
+            path.display()
+        )
+    })
+}
+
+/// Gives names to those without: `default`, `adapter-2`, …
+fn named(folders: &[NamedFolder]) -> Result<Vec<(String, PathBuf)>> {
+    let mut all: Vec<(String, PathBuf)> = Vec::new();
+    for (i, it) in (1..).zip(folders) {
+        let fallback = || {
+            if i == 1 {
+                "default".to_owned()
+            } else {
+                format!("adapter-{i}")
+            }
+        };
+        let name = it.name.clone().unwrap_or_else(fallback);
+        if all.iter().any(|(other, _)| *other == name) {
+            return Err(usage(format!("two adapters are called `{name}`")));
+        }
+        all.push((name, it.dir.clone()));
+    }
+    Ok(all)
+}
+
+fn has_tokenizer(dir: &Path) -> Option<PathBuf> {
+    dir.join("tokenizer.json").is_file().then(|| dir.to_owned())
+}
+
+fn there(dir: PathBuf, otherwise: &str) -> Result<PathBuf> {
+    if dir.join(ADAPTER_CONFIG).is_file() {
+        return Ok(dir);
+    }
+    anyhow::bail!("{}: {otherwise}", dir.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_may_have_a_name() {
+        let parse = |text: &str| text.parse::<NamedFolder>();
+        assert_eq!(
+            parse("a/b").unwrap(),
+            NamedFolder {
+                name: None,
+                dir: "a/b".into()
+            }
+        );
+        let named = parse("x=a/b=c").unwrap();
+        assert_eq!(
+            (named.name.as_deref(), named.dir),
+            (Some("x"), "a/b=c".into())
+        );
+        for bad in ["", "=a", "x=", "a.b=c"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn names_are_given_and_are_unique() {
+        let folder = |name: Option<&str>| NamedFolder {
+            name: name.map(str::to_owned),
+            dir: "d".into(),
+        };
+        let names = |all: &[NamedFolder]| {
+            named(all).map(|it| it.into_iter().map(|it| it.0).collect::<Vec<_>>())
+        };
+        assert_eq!(
+            names(&[folder(None), folder(None)]).unwrap(),
+            ["default", "adapter-2"]
+        );
+        assert!(names(&[folder(None), folder(Some("default"))]).is_err());
+    }
+}
