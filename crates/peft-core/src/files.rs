@@ -40,10 +40,14 @@ pub fn write_text(path: &Path, text: &str) -> Result<()> {
     write(path, |file| file.write_all(text.as_bytes()))
 }
 
-/// Writes JSON as Python's `json.dump(…, indent=2, sort_keys=True)` lays it out.
+/// Writes JSON as Python's `json.dump(…, indent=2)` lays it out, with the outermost keys sorted.
+///
+/// Python sorts the inner ones too, and so changes what they mean: of two patterns the first wins.
 pub fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
     let mut json = json.clone();
-    json.sort_all_objects();
+    if let serde_json::Value::Object(keys) = &mut json {
+        keys.sort_keys();
+    }
     let text = serde_json::to_string_pretty(&json).map_err(|e| Error::file(path, e))?;
     write_text(path, &format!("{text}\n"))
 }

@@ -15,8 +15,8 @@ use tch::{Kind, Tensor};
 
 use crate::{
     factors::{Factors, leaf},
+    in_place::add_low_rank,
     lora::{A, B, dropped},
-    low_rank::add_low_rank,
 };
 
 /// The on-disk name of m; it has no `.weight`.

@@ -16,7 +16,7 @@
 //!
 //! | setting | what it does | file |
 //! | --- | --- | --- |
-//! | plain, `use_rslora`, `lora_bias`, `lora_dropout` | 2106.09685, 2312.03732 | `lora.rs`, `low_rank.rs` |
+//! | plain, `use_rslora`, `lora_bias`, `lora_dropout` | 2106.09685, 2312.03732 | `lora.rs`, `in_place.rs` |
 //! | `use_dora` | magnitude and direction, 2402.09353 | `dora.rs` |
 //! | embeddings as targets | factors that are looked up | `embedding.rs` |
 //! | `init_lora_weights` | PiSSA 2404.02948, OLoRA 2406.01775, … | `init.rs`, `factors.rs` |
@@ -71,9 +71,9 @@ mod config;
 mod dora;
 mod embedding;
 mod factors;
+mod in_place;
 mod init;
 mod lora;
-mod low_rank;
 mod plan;
 mod saved;
 mod tables;

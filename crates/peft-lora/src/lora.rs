@@ -9,7 +9,7 @@ use tch::Tensor;
 
 use crate::{
     factors::{Factors, add},
-    low_rank::add_low_rank,
+    in_place::add_low_rank,
 };
 
 /// The on-disk names below a linear layer.

@@ -14,7 +14,10 @@ use peft_core::{
     pattern_value, suffix_match,
 };
 
-use crate::config::{Bias, Init, LoraConfig, Tokens, empty};
+use crate::{
+    config::{Bias, Init, LoraConfig, Tokens, empty},
+    saved::BIASES,
+};
 
 /// Whose tensors a place uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -258,26 +261,24 @@ impl LoraConfig {
             if share.lora.is_some() {
                 self.check_target(site, &share)?;
             }
-            let taken = crate::saved::BIASES
-                .iter()
-                .any(|it| site.held.iter().any(|held| held == it));
-            if share.bias && taken {
-                return Err(LoraConfig::fault(format!(
-                    "bias is `{}`, but another adapter trains the bias of `{}` already; only one can",
-                    if self.bias == Bias::All {
-                        "all"
-                    } else {
-                        "lora_only"
-                    },
-                    site.at
-                )));
-            }
             if share.save.is_some() && share.tokens.is_some() {
                 return Err(LoraConfig::fault(format!(
                     "`{}` is in modules_to_save and in trainable_token_indices; it can be trained whole or by rows",
                     site.at
                 )));
             }
+        }
+        Ok(())
+    }
+
+    /// Only one adapter can train a bias: as Python has it.
+    pub(crate) fn check_bias(&self, site: &Site, share: &Share<'_>) -> Result<()> {
+        let taken = site.held.iter().any(|held| BIASES.contains(&held.as_str()));
+        if share.bias && taken {
+            return Err(LoraConfig::fault(format!(
+                "bias is not `none`, but another adapter trains the bias of `{}` already; only one can",
+                site.at
+            )));
         }
         Ok(())
     }

@@ -11,6 +11,8 @@ use peft_core::{
 };
 use tch::Tensor;
 
+use crate::in_place::add_row;
+
 const WEIGHT: &str = "weight";
 const BIAS: &str = "bias";
 /// The bias of a layer that has a LoRA too.
@@ -165,7 +167,7 @@ impl Shift {
 
 impl LinearAdapter for Shift {
     fn forward(&self, x: &Tensor, beneath: Beneath<'_>, _: Ctx) -> Tensor {
-        beneath.forward(x).g_add_(&(&self.bias - &self.base))
+        add_row(beneath.forward(x), &(&self.bias - &self.base))
     }
 
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {

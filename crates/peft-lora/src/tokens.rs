@@ -11,7 +11,7 @@ use peft_core::{
 };
 use tch::{Kind, Tensor};
 
-use crate::factors::leaf;
+use crate::{factors::leaf, in_place::replace_columns};
 
 /// The on-disk name below the layer.
 const ROWS: &str = "token_adapter.trainable_tokens_delta";
@@ -96,7 +96,7 @@ impl LinearAdapter for Tokens {
         let bias = beneath.bias().map(|b| b.index_select(0, &self.indices));
         let rows = self.rows.to_kind(x.kind());
         let scores = peft_torch::linear(x, &rows, bias.as_ref()); // [.., n]
-        beneath.forward(x).index_copy_(-1, &self.indices, &scores)
+        replace_columns(beneath.forward(x), &self.indices, &scores)
     }
 
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {

@@ -33,7 +33,9 @@ impl Tuner for LoraConfig {
     }
 
     fn wants(&self, site: &Site, outline: &Outline) -> Result<bool> {
-        Ok(self.share(site, outline)? != Share::default())
+        let share = self.share(site, outline)?;
+        self.check_bias(site, &share)?;
+        Ok(share != Share::default())
     }
 
     fn attach(&self, at: &str, slot: Slot<'_>, injection: &mut Injection<'_>) -> Result<()> {

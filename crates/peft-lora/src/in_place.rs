@@ -1,4 +1,7 @@
-//! The product that LoRA adds: y + s·(x Aᵀ) Bᵀ, in place and with its gradients.
+//! What adapters add to the output of a layer, in its own memory and with its gradients.
+//!
+//! The output that [`peft_core::Beneath::forward`] gives is fresh memory, so nothing needs a copy of
+//! it. The one that decides the time of a training step is the product of LoRA, y + s·(x Aᵀ) Bᵀ:
 //!
 //! ```text
 //! h  = x Aᵀ                      [rows, r]
@@ -92,5 +95,52 @@ impl Function for LowRank {
             all.push(bias.then(sum));
         }
         Ok(all)
+    }
+}
+
+/// `y + row`; y is used up. y: `[.., out]`, row: `[out]`.
+pub(crate) fn add_row(y: Tensor, row: &Tensor) -> Tensor {
+    let [sum] = apply(&[&y, row], || {
+        ([y.detach().g_add_(row)], AddRow(row.kind()))
+    });
+    sum
+}
+
+struct AddRow(Kind);
+
+impl Function for AddRow {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let rows = |g: &Tensor| thin::rows(g).sum_dim_intlist([0i64].as_slice(), false, self.0);
+        let g = grads[0].as_ref();
+        Ok(vec![g.map(Tensor::shallow_clone), g.map(rows)])
+    }
+}
+
+/// y with some of its columns replaced; y is used up. y: `[.., out]`, at: `[n]`, columns: `[.., n]`.
+pub(crate) fn replace_columns(y: Tensor, at: &Tensor, columns: &Tensor) -> Tensor {
+    let [y] = apply(&[&y, columns], || {
+        let replaced = y.detach().index_copy_(-1, at, &columns.detach());
+        ([replaced], Replace(at.shallow_clone()))
+    });
+    y
+}
+
+struct Replace(Tensor);
+
+impl Function for Replace {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        needs: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let Some(g) = &grads[0] else {
+            return Ok(vec![None, None]);
+        };
+        let kept = needs[0].then(|| g.index_fill(-1, &self.0, 0.0));
+        Ok(vec![kept, Some(g.index_select(-1, &self.0))])
     }
 }
