@@ -39,6 +39,7 @@
 #![allow(clippy::single_range_in_vec_init)]
 
 mod batch;
+mod bpe;
 mod cache;
 mod error;
 mod format;

@@ -412,9 +412,9 @@ impl Work<'_> {
 
     /// A whole file of prose, cut into windows.
     fn prose(&mut self, source: &Source) -> Result<()> {
-        let mut ids = self
+        let (mut ids, _) = self
             .tokenizer
-            .encode(source.text()?, true)
+            .encode_with_offsets(source.text()?, true)
             .map_err(|error| Error::file(&source.path, error.to_string()))?;
         if self.rules.add_eos {
             ids.extend(self.tokenizer.eos_ids().first());

@@ -16,11 +16,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
+use crate::bpe::Bpe;
 use crate::error::{Error, Result, nearest};
 use crate::message::{Message, kind};
 use crate::template::{ChatTemplate, RenderOptions};
@@ -30,7 +33,7 @@ use crate::template::{ChatTemplate, RenderOptions};
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     dir: PathBuf,
-    json: std::sync::Arc<Vec<u8>>,
+    json: Arc<Vec<u8>>,
     special: BTreeMap<String, String>,
     templates: BTreeMap<String, ChatTemplate>,
     /// A template that the caller set: written out on [`Tokenizer::save`].
@@ -38,6 +41,9 @@ pub struct Tokenizer {
     eos: Vec<u32>,
     pad: u32,
     vocab_size: usize,
+    ends: Arc<[String]>,
+    /// Made when the first row needs it, where this kind of tokenizer is known.
+    fast: OnceLock<Option<Arc<Bpe>>>,
 }
 
 /// The byte range that a token came from: start and end.
@@ -118,6 +124,7 @@ impl Tokenizer {
             .into_values()
             .max()
             .map_or(0, |last| last as usize + 1);
+        let ends = special_contents(&inner, &special);
         Ok(Tokenizer {
             inner,
             dir: dir.to_owned(),
@@ -128,22 +135,31 @@ impl Tokenizer {
             eos,
             pad,
             vocab_size,
+            ends: ends.into(),
+            fast: OnceLock::new(),
         })
     }
 
     /// The ids of `text`, with the tokenizer's own begin and end tokens if `add_special_tokens`.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special_tokens);
+        let encoding = guarded(|| self.inner.encode_fast(text, add_special_tokens));
         Ok(encoding.map_err(refused)?.get_ids().to_vec())
     }
 
     /// As [`Tokenizer::encode`], with the byte range in `text` that each id came from.
+    ///
+    /// For many texts: the first call may take a while to set up a faster way.
     pub fn encode_with_offsets(
         &self,
         text: &str,
         add_special_tokens: bool,
     ) -> Result<(Vec<u32>, Vec<Offsets>)> {
-        let encoding = self.inner.encode(text, add_special_tokens);
+        let fast = self.fast.get_or_init(|| self.fast());
+        if let Some(fast) = fast {
+            let encoded = fast.encode(text, add_special_tokens, &self.inner);
+            return encoded.map_err(refused);
+        }
+        let encoding = guarded(|| self.inner.encode(text, add_special_tokens));
         let encoding = encoding.map_err(refused)?;
         Ok((encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
     }
@@ -151,7 +167,7 @@ impl Tokenizer {
     /// The text of `ids`.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
         self.check(ids)?;
-        self.inner.decode(ids, skip_special_tokens).map_err(refused)
+        guarded(|| self.inner.decode(ids, skip_special_tokens)).map_err(refused)
     }
 
     /// Decodes ids one by one, as a model makes them.
@@ -178,8 +194,7 @@ impl Tokenizer {
     /// The id of `token`, or an error with the nearest added token.
     pub fn require(&self, token: &str) -> Result<u32> {
         self.id(token).ok_or_else(|| {
-            let added = self.special_contents();
-            let near = nearest(token, added.iter().map(String::as_str));
+            let near = nearest(token, self.ends.iter().map(String::as_str));
             Error::Tokenizer(match near {
                 Some(near) => format!("no token `{token}`, the nearest is `{near}`"),
                 None => format!("no token `{token}`"),
@@ -299,20 +314,14 @@ impl Tokenizer {
         *hasher.finalize().as_bytes()
     }
 
-    /// Whether `token` is one that decoding can leave out (`<|im_end|>`, `</s>`).
-    pub(crate) fn special_contents(&self) -> Vec<String> {
-        let mut tokens: Vec<String> = self
-            .inner
-            .get_added_tokens_decoder()
-            .into_values()
-            .filter(|token| token.special && !token.content.trim().is_empty())
-            .map(|token| token.content)
-            .chain(self.special.get("eos_token").cloned())
-            .collect();
-        // A longer token first, so that it is found before one that it contains.
-        tokens.sort_by_key(|token| std::cmp::Reverse(token.len()));
-        tokens.dedup();
-        tokens
+    /// The special tokens' texts, longest first: what may end a turn.
+    pub(crate) fn special_contents(&self) -> &[String] {
+        &self.ends
+    }
+
+    /// The faster way to encode, if this tokenizer is of a kind that has one.
+    fn fast(&self) -> Option<Arc<Bpe>> {
+        guarded(|| Ok(Bpe::of(&self.json, &self.inner).map(Arc::new))).ok()?
     }
 
     fn check(&self, ids: &[u32]) -> Result<()> {
@@ -387,7 +396,10 @@ pub(crate) fn common_prefix(a: &str, b: &str) -> usize {
 
 /// Parses `tokenizer.json` with truncation and padding off.
 fn parse(path: &Path, json: &[u8]) -> Result<tokenizers::Tokenizer> {
-    let mut inner = tokenizers::Tokenizer::from_bytes(json)
+    // `tokenizers` unwraps where JSON breaks off inside some of its parts.
+    serde_json::from_slice::<serde::de::IgnoredAny>(json)
+        .map_err(|error| Error::file(path, format!("not JSON: {error}")))?;
+    let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(json))
         .map_err(|error| Error::file(path, format!("not a tokenizer: {error}")))?;
     inner.with_padding(None);
     inner
@@ -452,6 +464,23 @@ fn add_tokens(
         }
     }
     Ok(())
+}
+
+/// The texts of all special tokens, longest first, so that none hides in another.
+fn special_contents(
+    inner: &tokenizers::Tokenizer,
+    special: &BTreeMap<String, String>,
+) -> Vec<String> {
+    let added = inner.get_added_tokens_decoder().into_values();
+    let mut tokens: Vec<String> = added
+        .filter(|token| token.special && !token.content.trim().is_empty())
+        .map(|token| token.content)
+        .chain(special.get("eos_token").cloned())
+        .filter(|token| !token.is_empty())
+        .collect();
+    tokens.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
+    tokens.dedup();
+    tokens
 }
 
 /// `bos_token` and the others, each a string or an object with `content`.
@@ -582,6 +611,12 @@ pub(crate) fn readable_by_all(file: &fs::File) -> std::io::Result<()> {
 #[cfg(not(unix))]
 pub(crate) fn readable_by_all(_: &fs::File) -> std::io::Result<()> {
     Ok(())
+}
+
+/// Turns a panic of `tokenizers` over a strange configuration into an error.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err("the tokenizers library broke down over this configuration".into()))
 }
 
 fn refused(error: Box<dyn std::error::Error + Send + Sync>) -> Error {

@@ -504,3 +504,31 @@ fn ids_and_streams() {
             .contains("`<|im_end|>`")
     );
 }
+
+/// The ids and masks that `apply_chat_template` gives (`fixtures/tokenizer/cases.py`).
+#[test]
+fn ids_and_masks_equal_pythons() {
+    let cases = fs::read(fixtures().join("tokenizer/cases.json")).unwrap();
+    let cases: Vec<serde_json::Value> = serde_json::from_slice(&cases).unwrap();
+    // With the template's own marks, and without: the turns must be found all the same.
+    let marked = fs::read_to_string(fixtures().join("chat/templates/generation.jinja")).unwrap();
+    let plain = marked
+        .replace("{%- generation %}", "{%- if true %}")
+        .replace("{%- endgeneration %}", "{%- endif %}");
+    for template in [marked, plain] {
+        let tokenizer = tokenizer().with_chat_template(template).unwrap();
+        for case in &cases {
+            let row = serde_json::json!({ "messages": case["messages"] }).to_string();
+            let data = load(&tokenizer, "rows.jsonl", row, &Options::default()).unwrap();
+            let row = data.get(0).unwrap();
+            let mask: Vec<u8> = row.mask().into_iter().map(u8::from).collect();
+            assert_eq!(serde_json::json!(row.ids), case["ids"]);
+            assert_eq!(
+                serde_json::json!(mask),
+                case["mask"],
+                "{}",
+                case["messages"]
+            );
+        }
+    }
+}
