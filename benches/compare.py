@@ -1,0 +1,235 @@
+"""Ours beside Python's: whole jobs in turn, one process each, with the floor of the same run.
+
+    target/python/bin/python benches/compare.py --jobs target/debug/jobs --out benches/results
+
+Three runners: ours; Python as people run it; Python tuned with two switches that few know (fp32 products
+through oneDNN, an allocator that keeps freed blocks). A round runs each of them once; medians are over all
+samples of all rounds. Ratios below 1 mean that ours is faster, or smaller.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KEEP = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=8589934592"
+
+# name, arguments of the job, weights multiplied per token (forward and backward), targets for ours / Python, / tuned, / floor
+GPT2 = 12 * (768 * 2304 + 768 * 768 + 2 * 768 * 3072) + 768 * 50257
+BLOCKS = 12 * (4 * 768 * 768 + 3 * 768 * 2048)
+LLAMA = BLOCKS + 768 * 32000
+STEPS = [
+    ("gpt2 c_attn fp32", ["--model", "gpt2", "--targets", "c_attn"], 512 * 4 * GPT2, "fp32", (0.42, 0.75, 1.2)),
+    ("llama all-linear fp32", ["--model", "llama", "--targets", "all-linear"], 512 * 4 * LLAMA, "fp32", (0.42, 0.75, 1.25)),
+    ("llama all-linear bf16", ["--model", "llama", "--targets", "all-linear", "--dtype", "bf16"], 512 * 4 * LLAMA, "bf16", (0.60, 0.70, 1.6)),
+    (
+        "llama all-linear bf16, 3/4 masked",
+        ["--model", "llama", "--targets", "all-linear", "--dtype", "bf16", "--masked", "0.75"],
+        512 * 4 * BLOCKS + 128 * 4 * 768 * 32000,
+        "bf16",
+        (0.50, 0.60, None),
+    ),
+]
+
+
+def models(folder):
+    """The two shapes of the benchmark with made-up weights, made once."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    shapes = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)),
+        "llama": lambda: LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=768,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                intermediate_size=2048,
+                vocab_size=32000,
+                max_position_embeddings=1024,
+            )
+        ),
+    }
+    for name, make in shapes.items():
+        if not (folder / name / "model.safetensors").exists():
+            torch.manual_seed(0)
+            make().save_pretrained(folder / name)
+        # The same in bf16, as people have it on disk.
+        if not (folder / f"{name}-bf16" / "model.safetensors").exists():
+            torch.manual_seed(0)
+            make().to(torch.bfloat16).save_pretrained(folder / f"{name}-bf16")
+
+
+def conversations(path, rows):
+    """Chat rows of several turns from the WordNet definitions."""
+    if path.exists():
+        return
+    source = (ROOT / "fixtures/data/wordnet_define_sft.jsonl").read_text(encoding="utf-8").splitlines()
+    pairs = [json.loads(line) for line in source]
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(rows):
+            messages = [{"role": "system", "content": f"You are dictionary number {i}."}]
+            for j in range(1 + i % 3):
+                row = pairs[(i * 7 + j * 13) % len(pairs)]
+                asked = f"{row['instruction']} {row.get('input', '')}".strip()
+                messages.append({"role": "user", "content": asked})
+                messages.append({"role": "assistant", "content": row["output"]})
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def run(command, env=None):
+    begin = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    seconds = time.perf_counter() - begin
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stderr[-2000:]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    result["wall_s"] = seconds
+    return result
+
+
+class Bench:
+    def __init__(self, args):
+        self.args = args
+        self.folder = ROOT / "target/bench"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows, self.raw = [], {}
+
+    def ours(self, job):
+        return run([self.args.jobs, *job])
+
+    def python(self, job, tuned=False):
+        extra = ["--onednn"] if tuned else []
+        env = {"GLIBC_TUNABLES": KEEP} if tuned else {}
+        return run([sys.executable, ROOT / "benches/python_job.py", *job, *extra], env)
+
+    def rounds(self, name, job, count, tuned=True, reset=None):
+        runs = {"ours": [], "python": [], "tuned": []}
+        for _ in range(count):
+            for who in ["ours", "python", "tuned"] if tuned else ["ours", "python"]:
+                if reset:
+                    reset()
+                runs[who].append(self.ours(job) if who == "ours" else self.python(job, who == "tuned"))
+        self.raw[name] = runs
+        return runs
+
+    def row(self, name, value, runs, floor=None, targets=(None, None, None), unit="s"):
+        """One line of the table from a figure of each run."""
+        medians = {who: statistics.median(value(it)) for who, it in runs.items() if it}
+        mine = medians["ours"]
+        ratios = [mine / medians[who] if who in medians else None for who in ["python", "tuned"]]
+        ratios.append(mine / floor if floor else None)
+        self.rows.append({"name": name, "unit": unit, **medians, "floor": floor, "ratios": ratios, "targets": targets})
+        print(line(self.rows[-1]), flush=True)
+
+    def steps(self):
+        quick = ["--steps", str(self.args.steps)]
+        for name, job, work, dtype, targets in STEPS:
+            if self.args.only not in name and self.args.only not in "steps":
+                continue
+            job = [str(self.folder / it) if it in ("gpt2", "llama") else it for it in job]
+            if dtype == "bf16":
+                job = [it + "-bf16" if it.endswith("/llama") else it for it in job]
+            runs = self.rounds(name, ["step", *job, *quick], self.args.rounds)
+            floor = work / self.floor[f"gemm_{dtype}_flops"]
+            self.row(f"step: {name}", lambda it: [s for r in it for s in r["samples"]], runs, floor, targets)
+            self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, None, (0.60, None, None), "MiB")
+
+    def start(self):
+        job = ["step", "--model", str(self.folder / "gpt2"), "--targets", "c_attn", "--steps", "1", "--warmup", "0"]
+        runs = self.rounds("start", job, self.args.rounds)
+        self.row("start to the end of the first step", lambda it: [r["wall_s"] for r in it], runs, None, (0.20, None, None))
+
+    def generation(self):
+        job = ["generate", "--model", str(self.folder / "llama-bf16"), "--dtype", "bf16"]
+        runs = self.rounds("generate", job, self.args.rounds)
+        floor = 64 * 2 * LLAMA / self.floor["read_bytes_per_s"]
+        self.row("generate 64 tokens, bf16", lambda it: [s for r in it for s in r["samples"]], runs, floor, (0.45, None, 1.6))
+
+    def merging(self):
+        out = self.folder / "merged"
+        job = ["merge", "--model", str(self.folder / "llama"), "--out", str(out)]
+        runs = self.rounds("merge", job, self.args.rounds, reset=lambda: shutil.rmtree(out, ignore_errors=True))
+        self.row("merge and save, fp32", lambda it: [s for r in it for s in r["samples"]], runs, None, (0.40, None, None))
+
+    def tokenising(self):
+        tokenizer = ROOT / "target/models/smollm2"
+        if not tokenizer.exists():
+            print("tokenising: skipped, `cargo xtask demo` makes target/models/smollm2", flush=True)
+            return
+        data = self.folder / "conversations.jsonl"
+        conversations(data, 100_000)
+        cache = tempfile.mkdtemp(dir=self.folder)
+        job = ["tokenise", "--tokenizer", str(tokenizer), "--data", str(data), "--cache", cache + "/cache"]
+        reset = lambda: (shutil.rmtree(cache, ignore_errors=True), os.makedirs(cache))
+        runs = self.rounds("tokenise", job, self.args.rounds, tuned=False, reset=reset)
+        shutil.rmtree(cache, ignore_errors=True)
+        counts = {who: it[0]["tokens"] for who, it in runs.items() if it}
+        print(f"    tokens: {counts}", flush=True)
+        self.row("tokenise 100,000 chat rows", lambda it: [s for r in it for s in r["samples"]], runs, None, (0.40, None, None))
+
+    def all(self):
+        models(self.folder)
+        self.floor = self.ours(["floor"])
+        print(json.dumps(self.floor), flush=True)
+        print(HEAD, flush=True)
+        wanted = lambda name: not self.args.only or self.args.only in name
+        self.steps()
+        for name, job in [("start", self.start), ("generate", self.generation), ("merge", self.merging), ("tokenise", self.tokenising)]:
+            if wanted(name):
+                job()
+        self.write()
+
+    def write(self):
+        stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M")
+        report = {"machine": machine(), "when": stamp, "floor": self.floor, "rows": self.rows, "raw": self.raw}
+        out = pathlib.Path(self.args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f"{stamp}.json").write_text(json.dumps(report, indent=1) + "\n")
+        table = "\n".join([HEAD, *map(line, self.rows)])
+        (out / f"{stamp}.md").write_text(f"{machine()}, {stamp}\n\n{table}\n")
+        print(f"raw results: {out / stamp}.json")
+
+
+HEAD = """| work | ours | Python | tuned Python | floor | ours / Python | ours / tuned | ours / floor |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def line(row):
+    def figure(x):
+        return "" if x is None else f"{x:.0f} {row['unit']}" if x >= 100 else f"{x:.3g} {row['unit']}"
+
+    def ratio(x, target):
+        if x is None:
+            return ""
+        return f"{x:.2f}" + (f" (≤ {target:g}: {'met' if x <= target else 'missed'})" if target else "")
+
+    cells = [row["name"], *(figure(row.get(k)) for k in ["ours", "python", "tuned", "floor"])]
+    return "| " + " | ".join(cells + [ratio(*pair) for pair in zip(row["ratios"], row["targets"])]) + " |"
+
+
+def machine():
+    names = [it.split(":")[1].strip() for it in open("/proc/cpuinfo") if it.startswith("model name")]
+    return f"{platform.machine()}, {len(names)} x {names[0]}" if names else platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", default=str(ROOT / "target/debug/jobs"))
+    parser.add_argument("--out", default=str(ROOT / "benches/results"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only", default="", help="part of a name")
+    Bench(parser.parse_args()).all()
+
+
+main()

@@ -1,0 +1,267 @@
+//! Whole jobs, one a process, each printing one line of JSON: what `compare.py` runs beside Python.
+
+use std::{path::PathBuf, time::Instant};
+
+use anyhow::{Result, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use peft_core::{Ctx, ModelExt, Names};
+use peft_lora::LoraConfig;
+use peft_models::{Cache, Decoder, IGNORE, Input, OpenOptions, causal_loss, open, save};
+use peft_torch::{AdamW, Moments, linear, memory};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    job: Job,
+    /// Threads of libtorch
+    #[arg(long, global = true, default_value_t = 2)]
+    threads: i32,
+}
+
+#[derive(Subcommand)]
+enum Job {
+    /// Rates of matrix products and of memory
+    Floor,
+    /// Training steps with LoRA
+    Step {
+        #[arg(long)]
+        model: PathBuf,
+        /// Comma-separated suffixes, or all-linear
+        #[arg(long)]
+        targets: String,
+        #[arg(long, default_value = "fp32")]
+        dtype: Dtype,
+        #[arg(long, default_value_t = 4)]
+        batch: i64,
+        #[arg(long, default_value_t = 128)]
+        seq: i64,
+        /// The share of positions without a label
+        #[arg(long, default_value_t = 0.0)]
+        masked: f64,
+        #[arg(long, default_value_t = 10)]
+        steps: usize,
+        #[arg(long, default_value_t = 2)]
+        warmup: usize,
+    },
+    /// Greedy generation through the cache
+    Generate {
+        #[arg(long)]
+        model: PathBuf,
+        #[arg(long, default_value = "bf16")]
+        dtype: Dtype,
+        #[arg(long, default_value_t = 64)]
+        new: usize,
+        #[arg(long, default_value_t = 16)]
+        prompt: i64,
+        #[arg(long, default_value_t = 3)]
+        repeats: usize,
+    },
+    /// Merges a LoRA on all linear layers and saves the model
+    Merge {
+        #[arg(long)]
+        model: PathBuf,
+        #[arg(long)]
+        out: PathBuf,
+    },
+    /// Tokenises a file of conversations into a cold cache
+    Tokenise {
+        #[arg(long)]
+        tokenizer: PathBuf,
+        #[arg(long)]
+        data: PathBuf,
+        #[arg(long)]
+        cache: PathBuf,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Dtype {
+    Fp32,
+    Bf16,
+}
+
+impl Dtype {
+    fn kind(self) -> Kind {
+        match self {
+            Dtype::Fp32 => Kind::Float,
+            Dtype::Bf16 => Kind::BFloat16,
+        }
+    }
+}
+
+fn main() -> Result<()> {
+    let started = Instant::now();
+    let args = Args::parse();
+    memory::keep_freed_blocks();
+    tch::set_num_threads(args.threads);
+    tch::manual_seed(0);
+    let mut result = match args.job {
+        Job::Floor => floor(),
+        Job::Step {
+            model,
+            targets,
+            dtype,
+            batch,
+            seq,
+            masked,
+            steps,
+            warmup,
+        } => {
+            let mut model = load(&model, dtype)?;
+            inject(&mut *model, &targets)?;
+            let batch = random_batch(&*model, batch, seq, masked);
+            step(&mut *model, &batch, steps, warmup)?
+        }
+        Job::Generate {
+            model,
+            dtype,
+            new,
+            prompt,
+            repeats,
+        } => generate(&*load(&model, dtype)?, new, prompt, repeats),
+        Job::Merge { model, out } => merge(&model, &out)?,
+        Job::Tokenise {
+            tokenizer,
+            data,
+            cache,
+        } => tokenise(&tokenizer, data, cache)?,
+    };
+    result["process_s"] = json!(started.elapsed().as_secs_f64());
+    if let Some(usage) = memory::usage(Device::Cpu) {
+        result["peak_bytes"] = json!(usage.peak);
+    }
+    println!("{result}");
+    Ok(())
+}
+
+fn load(dir: &std::path::Path, dtype: Dtype) -> Result<Box<dyn Decoder>> {
+    let options = OpenOptions {
+        kind: Some(dtype.kind()),
+        ..OpenOptions::default()
+    };
+    Ok(open(&dir.to_string_lossy(), options)?)
+}
+
+fn inject(model: &mut dyn Decoder, targets: &str) -> Result<()> {
+    let mut lora = LoraConfig {
+        r: 8,
+        lora_alpha: 16.0,
+        ..LoraConfig::default()
+    };
+    lora.target_modules = Some(match targets {
+        "all-linear" => Names::Regex(targets.into()),
+        list => Names::List(list.split(',').map(str::to_owned).collect()),
+    });
+    Ok(model.inject("default", &lora)?)
+}
+
+fn random_batch(model: &dyn Decoder, batch: i64, seq: i64, masked: f64) -> (Input, Tensor) {
+    let ids = Tensor::randint(model.vocab(), [batch, seq], (Kind::Int64, Device::Cpu));
+    let labels = ids.copy();
+    let hidden = (seq as f64 * masked) as i64;
+    let _ = labels.narrow(1, 0, hidden).fill_(IGNORE);
+    (Input::new(ids), labels)
+}
+
+fn step(model: &mut dyn Decoder, (input, labels): &(Input, Tensor), steps: usize, warmup: usize) -> Result<Value> {
+    let mut params: Vec<Tensor> = model.trainable("default").into_iter().map(|it| it.tensor).collect();
+    let mut moments: Vec<Moments> = params.iter().map(Moments::new).collect();
+    let (mut times, mut losses, mut parts) = (Vec::new(), Vec::new(), Vec::new());
+    for i in 0..warmup + steps {
+        let begin = Instant::now();
+        let (sum, count) = causal_loss(model, input, labels, Ctx::TRAIN);
+        let loss = sum / count;
+        let forward = begin.elapsed().as_secs_f64();
+        loss.f_backward()?;
+        let backward = begin.elapsed().as_secs_f64() - forward;
+        let mut pairs: Vec<_> = params.iter_mut().zip(&mut moments).collect();
+        AdamW::default().step(&mut pairs, 1e-4, 0.0)?;
+        params.iter_mut().for_each(Tensor::zero_grad);
+        let total = begin.elapsed().as_secs_f64();
+        losses.push(loss.double_value(&[]));
+        if i >= warmup {
+            times.push(total);
+            parts.push([forward, backward, total - forward - backward]);
+        }
+    }
+    Ok(json!({"samples": times, "parts": parts, "losses": losses}))
+}
+
+fn generate(model: &dyn Decoder, new: usize, prompt: i64, repeats: usize) -> Value {
+    let _off = tch::no_grad_guard();
+    let prompt = Tensor::randint(model.vocab(), [1, prompt], (Kind::Int64, Device::Cpu));
+    let mut times = Vec::new();
+    let mut tokens = Vec::new();
+    for _ in 0..=repeats {
+        tokens.clear();
+        let begin = Instant::now();
+        let (mut cache, mut ids) = (Cache::new(), prompt.shallow_clone());
+        for _ in 0..new {
+            let hidden = model.hidden(&Input::new(ids), Some(&mut cache), Ctx::EVAL);
+            let last = hidden.narrow(1, hidden.size()[1] - 1, 1);
+            ids = model.head().forward(&last, Ctx::EVAL).argmax(-1, false);
+            tokens.push(ids.int64_value(&[0, 0]));
+        }
+        times.push(begin.elapsed().as_secs_f64());
+    }
+    json!({"samples": &times[1..], "tokens": tokens})
+}
+
+fn merge(dir: &std::path::Path, out: &std::path::Path) -> Result<Value> {
+    let begin = Instant::now();
+    let mut model = load(dir, Dtype::Fp32)?;
+    inject(&mut *model, "all-linear")?;
+    let loaded = begin.elapsed().as_secs_f64();
+    model.merge_and_unload()?;
+    let merged = begin.elapsed().as_secs_f64();
+    save(&mut *model, out, &[])?;
+    let saved = begin.elapsed().as_secs_f64();
+    Ok(json!({"samples": [saved - loaded], "load_s": loaded, "merge_s": merged - loaded, "save_s": saved - merged}))
+}
+
+fn tokenise(tokenizer: &std::path::Path, data: PathBuf, cache: PathBuf) -> Result<Value> {
+    let begin = Instant::now();
+    let tokenizer = peft_data::Tokenizer::open(tokenizer)?;
+    let options = peft_data::Options {
+        cache_dir: Some(cache),
+        ..peft_data::Options::default()
+    };
+    let rows = peft_data::prepare(&[data], &tokenizer, &options, &|_| {})?;
+    if rows.is_empty() {
+        bail!("no rows");
+    }
+    let tokens: usize = rows.lengths().iter().sum();
+    Ok(json!({"samples": [begin.elapsed().as_secs_f64()], "rows": rows.len(), "tokens": tokens}))
+}
+
+/// The best of several runs of `body`, in seconds.
+fn best(repeats: usize, mut body: impl FnMut()) -> f64 {
+    let mut best = f64::INFINITY;
+    for _ in 0..repeats {
+        let begin = Instant::now();
+        body();
+        best = best.min(begin.elapsed().as_secs_f64());
+    }
+    best
+}
+
+fn floor() -> Value {
+    let _off = tch::no_grad_guard();
+    let mut rates = serde_json::Map::new();
+    for (name, kind) in [("fp32", Kind::Float), ("bf16", Kind::BFloat16)] {
+        let mut rate: f64 = 0.0;
+        for (m, k, n) in [(512, 768, 3072), (512, 768, 768), (512, 2048, 768), (512, 4096, 4096)] {
+            let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+            let (x, w) = (random([m, k]), random([n, k]));
+            let time = best(30, || drop(linear(&x, &w, None)));
+            rate = rate.max(2.0 * (m * k * n) as f64 / time);
+        }
+        rates.insert(format!("gemm_{name}_flops"), json!(rate));
+    }
+    let big = Tensor::ones([256 << 20], (Kind::Float, Device::Cpu)); // 1 GB
+    let read = best(5, || drop(big.sum(Kind::Float)));
+    rates.insert("read_bytes_per_s".into(), json!((1u64 << 30) as f64 / read));
+    Value::Object(rates)
+}
