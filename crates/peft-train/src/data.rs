@@ -2,7 +2,7 @@
 
 use std::cmp::Reverse;
 
-use peft_data::{Batch, Dataset, Plan, Side, collate};
+use peft_data::{Batch, Dataset, Plan, Row, Side, collate};
 
 use crate::error::{Error, Result};
 use crate::settings::Settings;
@@ -41,6 +41,11 @@ impl<'d> Rows<'d> {
     /// Which rows of the data set these are.
     pub fn indices(&self) -> &[usize] {
         &self.rows
+    }
+
+    /// The first of them.
+    pub fn first(&self) -> Option<Row<'_>> {
+        self.data.get(*self.rows.first()?)
     }
 
     /// The order of training.

@@ -74,13 +74,19 @@ pub enum Error {
     },
     /// Files, adapters, tensors.
     #[error(transparent)]
-    Core(#[from] peft_core::Error),
+    Core(Box<peft_core::Error>),
     /// Data and tokenizers.
     #[error(transparent)]
     Data(#[from] peft_data::Error),
     /// libtorch refused.
     #[error(transparent)]
     Torch(#[from] tch::TchError),
+}
+
+impl From<peft_core::Error> for Error {
+    fn from(error: peft_core::Error) -> Error {
+        Error::Core(Box::new(error))
+    }
 }
 
 impl Error {

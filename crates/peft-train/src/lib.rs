@@ -47,7 +47,7 @@ pub use curve::draw;
 pub use data::Rows;
 pub use error::{Error, Result};
 pub use log::{EvalRecord, Record, StepRecord, read_log};
-pub use objective::{CausalLm, Objective, tensors};
+pub use objective::{CausalLm, Objective, next_token_loss, tensors};
 pub use optimizer::{Optimizer, decays};
 pub use run::{Run, RunInfo, Status};
 pub use schedule::{Plateau, Schedule, ScheduleType};

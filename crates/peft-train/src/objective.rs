@@ -39,9 +39,7 @@ pub struct CausalLm<'a> {
 
 impl Objective for CausalLm<'_> {
     fn loss(&mut self, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)> {
-        known(batch, self.model.vocab())?;
-        let (input, labels) = tensors(batch, self.model.device())?;
-        Ok(causal_loss(&*self.model, &input, &labels, ctx))
+        next_token_loss(&*self.model, batch, ctx)
     }
 
     fn params(&mut self) -> Vec<Param> {
@@ -55,6 +53,13 @@ impl Objective for CausalLm<'_> {
     fn device(&self) -> Device {
         self.model.device()
     }
+}
+
+/// Sum of the losses of predicting each labelled token, and their number; every id is checked first.
+pub fn next_token_loss(model: &dyn Decoder, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)> {
+    known(batch, model.vocab())?;
+    let (input, labels) = tensors(batch, model.device())?;
+    Ok(causal_loss(model, &input, &labels, ctx))
 }
 
 /// A batch on a device: ids and labels `[rows, cols]`.

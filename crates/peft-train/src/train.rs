@@ -386,9 +386,10 @@ impl Evaluation {
     }
 }
 
-/// Evaluates on `rows`, `size` at a time. `progress` is told how many batches of how many are done.
+/// Evaluates on `rows`, `size` at a time. `loss` gives a batch's sum and number of labelled tokens;
+/// `progress` is told how many batches of how many are done.
 pub fn evaluate(
-    objective: &mut dyn Objective,
+    loss: &mut dyn FnMut(&Batch) -> Result<(Tensor, i64)>,
     rows: &Rows<'_>,
     size: usize,
     progress: &mut dyn FnMut(usize, usize),
@@ -398,7 +399,7 @@ pub fn evaluate(
     let mut all = Evaluation::default();
     for (done, indices) in batches.iter().enumerate() {
         progress(done, batches.len());
-        let (sum, labels) = objective.loss(&rows.batch(indices), Ctx::EVAL)?;
+        let (sum, labels) = loss(&rows.batch(indices))?;
         all.sum += sum.f_double_value(&[])?;
         all.labels += labels as u64;
     }
@@ -418,7 +419,8 @@ fn judge(
     let started = Instant::now();
     let size = settings.per_device_eval_batch_size;
     let mut progress = |done, of| observer.on(&Event::Evaluating { done, of });
-    let result = evaluate(objective, rows, size, &mut progress)?;
+    let mut loss = |batch: &Batch| objective.loss(batch, Ctx::EVAL);
+    let result = evaluate(&mut loss, rows, size, &mut progress)?;
     now.last_eval = Some(result.loss());
     Ok(EvalRecord {
         step: now.step,
