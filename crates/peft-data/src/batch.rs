@@ -45,7 +45,7 @@ pub struct Batch {
     /// The id itself where it is trained, else [`IGNORED`], `[rows, cols]`. Not
     /// shifted: position `i` is to be predicted from the ones before it.
     pub labels: Vec<i64>,
-    /// Which rows of the data set these are, where that is known.
+    /// Which rows of the data set these are; [`collate`] alone does not know.
     pub indices: Vec<usize>,
 }
 

@@ -18,7 +18,7 @@
 //! integers in the shape that Hugging Face's models take.
 //!
 //! ```no_run
-//! use peft_data::{Options, Plan, Side, Tokenizer, collate, prepare};
+//! use peft_data::{Options, Plan, Side, Tokenizer, prepare};
 //!
 //! # fn main() -> peft_data::Result<()> {
 //! let tokenizer = Tokenizer::open("SmolLM2-135M-Instruct".as_ref())?;
@@ -27,8 +27,7 @@
 //!
 //! let plan = Plan::new((0..data.len()).collect(), 8, 42)?.shuffled();
 //! for batch in plan.epoch(0) {
-//!     let rows: Vec<_> = batch.iter().filter_map(|row| data.get(*row)).collect();
-//!     let batch = collate(&rows, tokenizer.pad_id(), Side::Right, 8);
+//!     let batch = data.batch(&batch, tokenizer.pad_id(), Side::Right, 8)?;
 //!     assert_eq!(batch.labels.len(), batch.rows * batch.cols);
 //! }
 //! # Ok(())
@@ -58,7 +57,7 @@ pub use error::{Error, Result};
 pub use format::{Format, detect};
 pub use message::Message;
 pub use prepare::{Dataset, FileReport, Options, Progress, Report, Row, prepare};
-pub use sample::{Sample, Turns};
+pub use sample::Turns;
 pub use show::{Piece, pieces};
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{DecodeStream, Offsets, Tokenizer};

@@ -17,6 +17,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::batch::{Batch, Side, collate};
 use crate::cache::{Cache, VERSION, Writer};
 use crate::error::{Error, Result};
 use crate::format::{Format, detect_in, parse};
@@ -194,6 +195,24 @@ impl Dataset {
             let (ids, trained) = self.cache.row(at);
             Row { ids, trained }
         })
+    }
+
+    /// Some of the rows as a rectangle; see [`collate`].
+    pub fn batch(
+        &self,
+        rows: &[usize],
+        pad_id: u32,
+        side: Side,
+        multiple_of: usize,
+    ) -> Result<Batch> {
+        let row = |at: &usize| {
+            self.get(*at)
+                .ok_or_else(|| Error::Option(format!("no row {at}, there are {}", self.len())))
+        };
+        let seen = rows.iter().map(row).collect::<Result<Vec<_>>>()?;
+        let mut batch = collate(&seen, pad_id, side, multiple_of);
+        batch.indices = rows.to_vec();
+        Ok(batch)
     }
 
     /// How many tokens each row has.
@@ -412,14 +431,18 @@ impl Work<'_> {
 
     /// A whole file of prose, cut into windows.
     fn prose(&mut self, source: &Source) -> Result<()> {
-        let (mut ids, _) = self
+        let (ids, _) = self
             .tokenizer
             .encode_with_offsets(source.text()?, true)
             .map_err(|error| Error::file(&source.path, error.to_string()))?;
+        let mut all = Sample {
+            trained: vec![true; ids.len()],
+            ids,
+        };
         if self.rules.add_eos {
-            ids.extend(self.tokenizer.eos_ids().first());
+            all.end(self.tokenizer.eos_ids());
         }
-        for window in ids.chunks(self.options.max_length) {
+        for window in all.ids.chunks(self.options.max_length) {
             self.keep(Sample {
                 ids: window.to_vec(),
                 trained: vec![true; window.len()],

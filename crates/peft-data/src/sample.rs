@@ -37,11 +37,26 @@ use crate::tokenizer::{Tokenizer, common_prefix};
 
 /// A tokenised row.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Sample {
+pub(crate) struct Sample {
     /// Token ids.
-    pub ids: Vec<u32>,
+    pub(crate) ids: Vec<u32>,
     /// Whether the model is to learn to say token `i`: as long as `ids`.
-    pub trained: Vec<bool>,
+    pub(crate) trained: Vec<bool>,
+}
+
+impl Sample {
+    /// Ends with the first of `eos`, trained, whether or not the tokenizer wrote it already.
+    pub(crate) fn end(&mut self, eos: &[u32]) {
+        let Some(eos) = eos.first() else {
+            return;
+        };
+        if self.ids.last() == Some(eos) {
+            self.trained.pop();
+        } else {
+            self.ids.push(*eos);
+        }
+        self.trained.push(true);
+    }
 }
 
 /// What of a row is trained, and with what the template is called.
@@ -85,12 +100,8 @@ pub(crate) fn sample(tokenizer: &Tokenizer, example: &Example, rules: &Rules) ->
         trained.push(start < end && regions.peek().is_some_and(|region| region.start < end));
     }
     let mut sample = Sample { ids, trained };
-    if marked.eos
-        && let Some(eos) = tokenizer.eos_ids().first()
-        && sample.ids.last() != Some(eos)
-    {
-        sample.ids.push(*eos);
-        sample.trained.push(true);
+    if marked.eos {
+        sample.end(tokenizer.eos_ids());
     }
     Ok(sample)
 }
@@ -186,6 +197,12 @@ fn chat(
 ) -> Result<Marked> {
     let conversation = Conversation::new(tokenizer, messages, tools, rules)?;
     let (text, spans) = conversation.full()?;
+    if let Some(spans) = &spans
+        && first == 0
+        && rules.turns == Turns::All
+    {
+        return Ok(rendered(text, spans.clone()));
+    }
     let mut trained = Vec::new();
     let last = messages.iter().rposition(Message::is_assistant);
     for (k, _) in (first..)
@@ -200,12 +217,17 @@ fn chat(
             None => conversation.turn(k, &text)?,
         });
     }
-    Ok(Marked {
+    Ok(rendered(text, trained))
+}
+
+/// What a template wrote: special tokens are in it already.
+fn rendered(text: String, trained: Vec<Range<usize>>) -> Marked {
+    Marked {
         text,
         trained,
         add_special_tokens: false,
         eos: false,
-    })
+    }
 }
 
 /// A conversation that is rendered several times, in parts and with changes.

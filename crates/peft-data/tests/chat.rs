@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use peft_data::{ChatTemplate, Message, RenderOptions};
+use peft_data::{ChatTemplate, Message, RenderOptions, Tokenizer};
 use serde_json::{Map, Value};
 
 fn fixtures() -> PathBuf {
@@ -102,4 +102,27 @@ fn generation_spans_equal_pythons() {
             .collect();
         assert_eq!(chars, expected, "{}", case["name"]);
     }
+}
+
+/// The real thing: template and vocabulary of the model that `cargo xtask demo` fetches.
+#[test]
+fn smollm2() {
+    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../target/models/smollm2");
+    if !folder.join("tokenizer.json").exists() {
+        eprintln!("skipped: SmolLM2 is not in target/models, `cargo xtask demo` fetches it");
+        return;
+    }
+    let tokenizer = Tokenizer::open(&folder).unwrap();
+    let options = RenderOptions {
+        add_generation_prompt: true,
+        ..RenderOptions::default()
+    };
+    assert_eq!(
+        tokenizer.render(&[Message::user("Hi")], &options).unwrap(),
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+         <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    );
+    let text = fs::read_to_string(fixtures().join("../data/austen_pp_200k.txt")).unwrap();
+    let (ids, _) = tokenizer.encode_with_offsets(&text, true).unwrap();
+    assert_eq!(ids, tokenizer.encode(&text, true).unwrap());
 }

@@ -453,6 +453,12 @@ fn the_wordnet_rows() {
         (data.file_of(499), data.file_of(500), data.file_of(1000)),
         (Some(0), Some(1), None)
     );
+    let batch = data.batch(&[3, 998], 3, peft_data::Side::Right, 8).unwrap();
+    assert_eq!(
+        (batch.rows, batch.cols % 8, &batch.indices[..]),
+        (2, 0, &[3, 998][..])
+    );
+    assert!(data.batch(&[1000], 3, peft_data::Side::Right, 8).is_err());
     let trained: usize = data.rows().map(|row| row.trained_tokens()).sum();
     assert_eq!(trained, data.report().trained_tokens);
 }
