@@ -107,9 +107,6 @@ impl Wheel {
             pip.args(["--platform", platform]);
         }
         pip.arg("--dest").arg(folder).arg("--requirement").arg(&pin);
-        if !io::stdout().is_terminal() {
-            pip.arg("--quiet");
-        }
         // A small /tmp must not stop a large download; newer pips go on where a connection broke.
         pip.env("TMPDIR", folder);
         if std::env::var_os("PIP_RESUME_RETRIES").is_none() {
@@ -269,6 +266,12 @@ pub(crate) fn explain(what: &str, complaint: &str) -> (String, &'static str) {
     } else if says(&NO_NETWORK) {
         let next = "check the network and `pip config list` (index, proxy), then run the same command again";
         ("no connection to the package index", next)
+    } else if says(&["(from versions: none)"]) {
+        let cause = "the package index was not reached, or has nothing of this name";
+        (
+            cause,
+            "check the network and `pip config list` (index, proxy), then run the same command again",
+        )
     } else if says(&["No matching distribution", "Could not find a version"]) {
         let next = "if `pip config list` names a mirror, try another index (`PIP_INDEX_URL`)";
         ("the package index does not have it", next)
@@ -331,6 +334,10 @@ const TRACEBACK: &str = "Traceback (most recent call last)";
 
 /// Runs pip, showing its standard error as it comes and keeping it.
 pub(crate) fn watched(pip: &mut Command) -> Result<(bool, String)> {
+    // Its progress bar is for a terminal.
+    if !io::stdout().is_terminal() {
+        pip.arg("--quiet");
+    }
     let mut child = pip
         .stderr(Stdio::piped())
         .spawn()
@@ -440,6 +447,10 @@ mod tests {
                 "broke off",
             ),
             ("ERROR: No matching distribution found", "does not have it"),
+            (
+                "(from versions: none)\nERROR: No matching distribution found",
+                "not reached",
+            ),
             ("ERROR: 403 Client Error", "refused access"),
             ("ERROR: the sky fell\n\n", "the sky fell"),
         ];
