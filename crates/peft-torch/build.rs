@@ -33,6 +33,9 @@ fn main() {
         .compile("peft_torch_shim");
     build
         .file("cpp/kernels.cpp")
+        .file("cpp/thin.cpp")
+        // A note on how vectors are passed between functions; here they are all inlined.
+        .flag_if_supported("-Wno-psabi")
         // Sums may be reordered (so that they become vectors); NaN and infinity keep their meaning.
         .flag("-fno-math-errno")
         .flag("-fno-trapping-math")

@@ -84,14 +84,8 @@ unsafe extern "C" {
         out: *mut P,
         err: *mut *mut c_char,
     ) -> c_int;
-    fn peft_rms_norm(
-        x: P,
-        w: P,
-        eps: f64,
-        y: *mut P,
-        rstd: *mut P,
-        err: *mut *mut c_char,
-    ) -> c_int;
+    fn peft_rms_norm(x: P, w: P, eps: f64, y: *mut P, rstd: *mut P, err: *mut *mut c_char)
+    -> c_int;
     fn peft_rms_norm_backward(
         g: P,
         x: P,
@@ -100,14 +94,7 @@ unsafe extern "C" {
         dx: *mut P,
         err: *mut *mut c_char,
     ) -> c_int;
-    fn peft_rope(
-        x: P,
-        cos: P,
-        sin: P,
-        inverse: c_int,
-        y: *mut P,
-        err: *mut *mut c_char,
-    ) -> c_int;
+    fn peft_rope(x: P, cos: P, sin: P, inverse: c_int, y: *mut P, err: *mut *mut c_char) -> c_int;
     fn peft_swiglu(a: P, u: P, y: *mut P, err: *mut *mut c_char) -> c_int;
     fn peft_swiglu_backward(
         g: P,
@@ -119,8 +106,16 @@ unsafe extern "C" {
     ) -> c_int;
     fn peft_gelu_tanh(x: P, y: *mut P, err: *mut *mut c_char) -> c_int;
     fn peft_gelu_tanh_backward(g: P, x: P, dx: *mut P, err: *mut *mut c_char) -> c_int;
+    fn peft_bmm(a: P, b: P, onednn: c_int, y: *mut P, err: *mut *mut c_char) -> c_int;
+    fn peft_softmax(z: P, mask: P, scale: f64, causal: c_int, err: *mut *mut c_char) -> c_int;
+    fn peft_softmax_backward(dp: P, p: P, scale: f64, err: *mut *mut c_char) -> c_int;
     fn peft_cross_entropy(z: P, target: P, loss: *mut P, err: *mut *mut c_char) -> c_int;
     fn peft_gemv(x: P, w: P, bias: P, y: *mut P, err: *mut *mut c_char) -> c_int;
+    fn peft_thin_project(x: P, a: P, h: *mut P, err: *mut *mut c_char) -> c_int;
+    fn peft_thin_add(y: P, h: P, a: P, s: f64, err: *mut *mut c_char) -> c_int;
+    fn peft_thin_expand(h: P, a: P, s: f64, half: c_int, y: *mut P, err: *mut *mut c_char)
+    -> c_int;
+    fn peft_thin_outer(h: P, x: P, s: f64, c: *mut P, err: *mut *mut c_char) -> c_int;
 }
 
 fn ptr(tensor: &Tensor) -> P {
@@ -161,7 +156,9 @@ fn make(f: impl FnOnce(*mut P, *mut *mut c_char) -> c_int) -> Result<Tensor, Tch
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
-fn make2(f: impl FnOnce(*mut P, *mut P, *mut *mut c_char) -> c_int) -> Result<[Tensor; 2], TchError> {
+fn make2(
+    f: impl FnOnce(*mut P, *mut P, *mut *mut c_char) -> c_int,
+) -> Result<[Tensor; 2], TchError> {
     let (mut a, mut b) = (null_mut(), null_mut());
     call(|err| f(&mut a, &mut b, err))?;
     // SAFETY: on success the shim has stored two `new at::Tensor`, owned by us now.
@@ -221,7 +218,10 @@ unsafe extern "C" fn backward<F: Function>(
                 .map(|s| (*s).to_owned())
                 .or_else(|| panic.downcast_ref::<String>().cloned())
                 .unwrap_or_else(|| "no message".into());
-            format!("backward of {} panicked: {what}", std::any::type_name::<F>())
+            format!(
+                "backward of {} panicked: {what}",
+                std::any::type_name::<F>()
+            )
         }
     };
     let text = std::ffi::CString::new(text.replace('\0', " ")).unwrap_or_default();
@@ -458,4 +458,44 @@ pub(crate) fn gemv(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 pub(crate) fn cross_entropy(z: &mut Tensor, target: &Tensor) -> Result<Tensor, TchError> {
     // SAFETY: as `rms_norm`; `z` is borrowed mutably.
     make(|loss, err| unsafe { peft_cross_entropy(ptr(z), ptr(target), loss, err) })
+}
+
+pub(crate) fn thin_project(x: &Tensor, a: &Tensor) -> Result<Tensor, TchError> {
+    // SAFETY: as `rms_norm`.
+    make(|h, err| unsafe { peft_thin_project(ptr(x), ptr(a), h, err) })
+}
+
+pub(crate) fn thin_add(y: &mut Tensor, h: &Tensor, a: &Tensor, s: f64) -> Result<(), TchError> {
+    // SAFETY: as `rms_norm`; `y` is borrowed mutably.
+    call(|err| unsafe { peft_thin_add(ptr(y), ptr(h), ptr(a), s, err) })
+}
+
+pub(crate) fn thin_expand(h: &Tensor, a: &Tensor, s: f64, half: bool) -> Result<Tensor, TchError> {
+    // SAFETY: as `rms_norm`.
+    make(|y, err| unsafe { peft_thin_expand(ptr(h), ptr(a), s, c_int::from(half), y, err) })
+}
+
+pub(crate) fn thin_outer(h: &Tensor, x: &Tensor, s: f64) -> Result<Tensor, TchError> {
+    // SAFETY: as `rms_norm`.
+    make(|c, err| unsafe { peft_thin_outer(ptr(h), ptr(x), s, c, err) })
+}
+
+pub(crate) fn bmm(a: &Tensor, b: &Tensor, onednn: bool) -> Result<Tensor, TchError> {
+    // SAFETY: live tensors in, one new tensor out.
+    make(|y, err| unsafe { peft_bmm(ptr(a), ptr(b), onednn.into(), y, err) })
+}
+
+pub(crate) fn softmax(
+    z: &mut Tensor,
+    mask: Option<&Tensor>,
+    scale: f64,
+    causal: bool,
+) -> Result<(), TchError> {
+    // SAFETY: live tensors, whose layout the shim checks; `z` is borrowed mutably.
+    call(|err| unsafe { peft_softmax(ptr(z), opt(mask), scale, causal.into(), err) })
+}
+
+pub(crate) fn softmax_backward(dp: &mut Tensor, p: &Tensor, scale: f64) -> Result<(), TchError> {
+    // SAFETY: as `softmax`.
+    call(|err| unsafe { peft_softmax_backward(ptr(dp), ptr(p), scale, err) })
 }

@@ -14,6 +14,7 @@
 //! the workspace and its `unsafe` outside of SIMD kernels live here.
 
 mod adamw;
+mod attention;
 pub mod cuda;
 mod ffi;
 mod function;
@@ -24,6 +25,7 @@ pub mod rng;
 pub mod thin;
 
 pub use adamw::{AdamW, Moments};
+pub use attention::attention;
 pub use function::{Function, apply, backward, vjp};
 pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
 pub use ops::{cross_entropy_, gelu_tanh, gemv, rms_norm, rope, swiglu};

@@ -15,8 +15,8 @@
 //! go through [`gemv`](crate::gemv), which reads it at the speed of memory.
 
 use crate::{Function, apply, ffi, gemv};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use tch::{Device, Kind, TchError, Tensor};
 
 /// `y = x wᵀ + b`; x: `[.., in]`, w: `[out, in]`, b: `[out]` -> `[.., out]`.

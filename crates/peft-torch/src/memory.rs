@@ -92,9 +92,7 @@ pub unsafe fn borrow<O: Send + 'static>(
     owner: O,
 ) -> Result<Tensor, TchError> {
     let size = kind.elt_size_in_bytes();
-    let wanted = shape
-        .iter()
-        .try_fold(size as i64, |n, &d| n.checked_mul(d));
+    let wanted = shape.iter().try_fold(size as i64, |n, &d| n.checked_mul(d));
     if wanted != Some(bytes.len() as i64) || !(bytes.as_ptr() as usize).is_multiple_of(size) {
         return Err(TchError::Shape(format!(
             "{} bytes at {:p} are no {kind:?} tensor of shape {shape:?}",
@@ -109,7 +107,9 @@ pub unsafe fn borrow<O: Send + 'static>(
 /// The folder of the libtorch that this process runs on, if the system tells.
 pub fn libtorch_folder() -> Option<std::path::PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let line = maps.lines().find(|line| line.ends_with("libtorch_cpu.so"))?;
+    let line = maps
+        .lines()
+        .find(|line| line.ends_with("libtorch_cpu.so"))?;
     let path = &line[line.find('/')?..];
     Path::new(path).parent().map(Path::to_owned)
 }
