@@ -373,7 +373,10 @@ impl<'a> Conversation<'a> {
     /// Takes back what the template writes after the end token of a reply.
     fn trim_end(&self, full: &str, start: usize, end: usize) -> usize {
         let ends = self.tokenizer.special_contents();
-        let mut turn = &full[start..end];
+        let Some(mut turn) = full.get(start..end) else {
+            // The turn ends before it starts: the caller says so.
+            return end;
+        };
         let closing = |text: &str| {
             ends.iter()
                 .find(|token| text.ends_with(token.as_str()))
