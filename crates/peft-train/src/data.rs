@@ -13,6 +13,7 @@ pub struct Rows<'d> {
     data: &'d Dataset,
     rows: Vec<usize>,
     pad_id: u32,
+    multiple_of: usize,
 }
 
 impl<'d> Rows<'d> {
@@ -25,7 +26,18 @@ impl<'d> Rows<'d> {
             let reason = format!("no trained token in any of {asked} rows");
             return Err(Error::Nothing(reason));
         }
-        Ok(Rows { data, rows, pad_id })
+        Ok(Rows {
+            data,
+            rows,
+            pad_id,
+            multiple_of: 1,
+        })
+    }
+
+    /// The same, with batches as wide as a multiple of this.
+    pub fn padded_to(mut self, multiple: usize) -> Rows<'d> {
+        self.multiple_of = multiple.max(1);
+        self
     }
 
     /// How many there are.
@@ -66,10 +78,10 @@ impl<'d> Rows<'d> {
         rows.chunks(size.max(1)).map(<[usize]>::to_vec).collect()
     }
 
-    /// These rows as a rectangle as wide as the longest of them.
+    /// These rows as a rectangle as wide as the longest of them, rounded up.
     pub fn batch(&self, indices: &[usize]) -> Batch {
         let rows: Vec<_> = indices.iter().filter_map(|at| self.data.get(*at)).collect();
-        let mut batch = collate(&rows, self.pad_id, Side::Right, 1);
+        let mut batch = collate(&rows, self.pad_id, Side::Right, self.multiple_of);
         batch.indices = indices.to_vec();
         batch
     }

@@ -66,6 +66,9 @@ pub struct Settings {
     pub early_stopping_threshold: f64,
     /// Puts rows of like length together, so that less is padding.
     pub group_by_length: bool,
+    /// Batches are made as wide as the next multiple of this. Kernels for bf16 on processors are
+    /// compiled and kept for each shape, so with every width a shape of its own memory would grow for long.
+    pub pad_to_multiple_of: usize,
     /// Of everything random: initial values, order, dropout.
     pub seed: u64,
 }
@@ -95,6 +98,7 @@ impl Default for Settings {
             early_stopping_patience: None,
             early_stopping_threshold: 0.0,
             group_by_length: false,
+            pad_to_multiple_of: 8,
             seed: 42,
         }
     }
@@ -224,6 +228,7 @@ impl Settings {
             self.early_stopping_patience.unwrap_or(1),
         )?;
         not_negative("early_stopping_threshold", self.early_stopping_threshold)?;
+        at_least_one("pad_to_multiple_of", self.pad_to_multiple_of)?;
         if i64::try_from(self.seed).is_err() {
             return Err(Error::setting(
                 "seed",

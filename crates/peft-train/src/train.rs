@@ -46,6 +46,16 @@ pub struct Data<'d> {
     pub held_out: Option<Rows<'d>>,
 }
 
+impl<'d> Data<'d> {
+    /// The same, with batches as wide as a multiple of this.
+    fn padded_to(self, multiple: usize) -> Data<'d> {
+        Data {
+            train: self.train.padded_to(multiple),
+            held_out: self.held_out.map(|rows| rows.padded_to(multiple)),
+        }
+    }
+}
+
 /// Something that happened.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -153,7 +163,8 @@ pub fn train(
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
     settings.check()?;
-    let plan = data.train.plan(settings)?;
+    let Data { train, held_out } = data.clone().padded_to(settings.pad_to_multiple_of);
+    let plan = train.plan(settings)?;
     let per_epoch = settings.steps_per_epoch(plan.batches_per_epoch());
     let total = settings.total_steps(plan.batches_per_epoch());
     let evaluate_every = settings.evaluate_every(total);
@@ -162,10 +173,10 @@ pub fn train(
     let mut optimizer = Optimizer::new(&objective.params(), settings)?;
     let mut schedule = Schedule::new(settings, total)?;
     let mut now = match from {
-        Some(checkpoint) => resume(checkpoint, settings, &data.train, objective, &optimizer)?,
+        Some(checkpoint) => resume(checkpoint, settings, &train, objective, &optimizer)?,
         None => {
             tch::manual_seed(settings.seed as i64);
-            Progress::start(settings, total, data.train.len())
+            Progress::start(settings, total, train.len())
         }
     };
     schedule.restore(now.plateau.clone());
@@ -181,8 +192,7 @@ pub fn train(
         total,
         per_epoch,
     });
-    if let Some(rows) = data
-        .held_out
+    if let Some(rows) = held_out
         .as_ref()
         .filter(|_| now.step == 0 && settings.eval_on_start)
     {
@@ -198,11 +208,11 @@ pub fn train(
             epoch_order = (epoch, plan.epoch(epoch));
         }
         let rows = epoch_order.1[at * window..].iter().take(window);
-        let batches: Vec<Batch> = rows.map(|rows| data.train.batch(rows)).collect();
+        let batches: Vec<Batch> = rows.map(|rows| train.batch(rows)).collect();
 
         let learning_rate = schedule.learning_rate(now.step);
         let step = take(objective, &mut optimizer, &batches, learning_rate)
-            .map_err(|fault| fault.at(now.step + 1, &data.train))?;
+            .map_err(|fault| fault.at(now.step + 1, &train))?;
         now.count(&step, lap.elapsed());
         lap = Instant::now();
 
@@ -218,7 +228,7 @@ pub fn train(
 
         let mut patient = true;
         let due = now.step.is_multiple_of(evaluate_every) || now.step == total;
-        if let Some(rows) = data.held_out.as_ref().filter(|_| due) {
+        if let Some(rows) = held_out.as_ref().filter(|_| due) {
             let record = judge(objective, settings, rows, &mut now, per_epoch, observer)?;
             schedule.observe(record.eval_loss);
             now.plateau = schedule.plateau().cloned();

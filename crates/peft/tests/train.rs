@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use peft::{
-    Adapter, Ctx, Input, ModelExt, OpenOptions, Settings, builtin, causal_loss,
-    core::tensors, open, train::Optimizer,
+    Adapter, Ctx, Input, ModelExt, OpenOptions, Settings, builtin, causal_loss, core::tensors,
+    open, train::Optimizer,
 };
 use tch::{Kind, Tensor};
 
@@ -21,17 +21,25 @@ fn five_steps_are_pythons() {
         let dir = entry.unwrap().path();
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
         let meta = peft::core::files::read_json(&dir.join("meta.json")).unwrap();
-        let shared = meta["shared_memory"].as_array().is_some_and(|it| !it.is_empty());
+        let shared = meta["shared_memory"]
+            .as_array()
+            .is_some_and(|it| !it.is_empty());
         // Python steps numbers that two parameters share twice; second adapters are tested with LoRA.
         if meta.get("second").is_some() || shared {
             continue;
         }
         let io = tensors::read(&dir.join("io.safetensors")).unwrap();
-        let Some(wanted) = io.get("step_losses") else { continue };
+        let Some(wanted) = io.get("step_losses") else {
+            continue;
+        };
         let got = losses(&dir, meta["model"].as_str().unwrap(), &io);
         let wanted = Vec::<f64>::try_from(wanted.to_kind(Kind::Double)).unwrap();
         // In bf16 the very activations are rounded to 2⁻⁸.
-        let within = if name.contains("bf16") || name.contains("upcast") { 2e-2 } else { 1e-5 };
+        let within = if name.contains("bf16") || name.contains("upcast") {
+            2e-2
+        } else {
+            1e-5
+        };
         for (step, (a, b)) in got.iter().zip(&wanted).enumerate() {
             if (a - b).abs() > within * b.abs().max(1.0) {
                 wrong.push(format!("{name} step {step}: {a} for {b}"));
@@ -40,7 +48,12 @@ fn five_steps_are_pythons() {
         }
         done += 1;
     }
-    assert!(wrong.is_empty(), "{} of {done}:\n{}", wrong.len(), wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "{} of {done}:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
     assert!(done > 50, "only {done}");
 }
 
