@@ -30,7 +30,7 @@ pub enum Error {
         /// The key.
         key: String,
         /// Its value.
-        value: serde_json::Value,
+        value: Box<serde_json::Value>,
         /// `; nearest known key: …`, or nothing.
         hint: String,
     },

@@ -117,7 +117,7 @@ pub fn parse<C: Config>(json: Value) -> Result<C> {
             return Err(Error::Unsupported {
                 peft_type: C::PEFT_TYPE.to_owned(),
                 key: key.clone(),
-                value: value.clone(),
+                value: Box::new(value.clone()),
                 hint: nearest(key, modelled.map(String::as_str)),
             });
         }
