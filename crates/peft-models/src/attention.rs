@@ -6,6 +6,7 @@
 //! pass and shared by the layers.
 
 use peft_core::Ctx;
+use peft_torch::attention;
 use tch::{Device, Kind, Tensor};
 
 use crate::{Cache, Input};
@@ -59,8 +60,6 @@ impl Mask {
 /// How the heads of one layer attend.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Heads {
-    pub(crate) queries: i64,
-    pub(crate) keys: i64,
     pub(crate) scale: f64,
     pub(crate) dropout: f64,
 }
@@ -73,35 +72,19 @@ pub(crate) fn attend(
     cache: Option<(&mut Cache, usize)>,
     ctx: Ctx,
 ) -> Tensor {
-    let [query, key, value] = [query, key, value].map(|t| t.transpose(1, 2)); // [batch, heads, new, d]
     let (key, value) = match cache {
         None => (key, value),
         Some((cache, layer)) => cache.append(layer, &key, &value),
     };
-    let groups = heads.queries / heads.keys;
-    let [key, value] = [key, value].map(|t| repeat(t, groups));
     let added = match mask {
         Mask::Added(tensor) => Some(tensor),
         _ => None,
     };
     let causal = matches!(mask, Mask::Causal);
     let dropout = if ctx.train { heads.dropout } else { 0.0 };
-    let y = Tensor::scaled_dot_product_attention(
-        &query, &key, &value, added, dropout, causal, heads.scale, false,
-    );
+    let y = attention([&query, &key, &value], heads.scale, causal, added, dropout);
     let size = y.size();
-    y.transpose(1, 2).reshape([size[0], size[2], size[1] * size[3]])
-}
-
-/// Each head of keys serves a group of queries: `[batch, keys, n, d] -> [batch, keys · groups, n, d]`.
-fn repeat(t: Tensor, groups: i64) -> Tensor {
-    if groups == 1 {
-        return t;
-    }
-    let size = t.size();
-    let (b, h, n, d) = (size[0], size[1], size[2], size[3]);
-    let spread = t.unsqueeze(2).expand([b, h, groups, n, d], false);
-    spread.reshape([b, h * groups, n, d])
+    y.reshape([size[0], size[1], size[2] * size[3]])
 }
 
 /// The positions of the new tokens, `[batch or 1, new]`.

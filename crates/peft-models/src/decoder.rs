@@ -62,7 +62,7 @@ pub struct Cache {
 
 #[derive(Debug)]
 struct Kv {
-    /// `[batch, kv_heads, capacity, head_dim]`, filled up to the length of the cache.
+    /// `[batch, capacity, kv_heads, head_dim]`, filled up to the length of the cache.
     key: Tensor,
     value: Tensor,
 }
@@ -88,7 +88,7 @@ impl Cache {
         self.len = self.len.min(len);
     }
 
-    /// Adds keys and values `[batch, kv_heads, new, head_dim]` of one layer; gives all of them so far.
+    /// Adds keys and values `[batch, new, kv_heads, head_dim]` of one layer; gives all of them so far.
     ///
     /// Room is doubled when it runs out, so a text of n tokens is copied O(n) times and not O(n²).
     pub(crate) fn append(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
@@ -96,17 +96,17 @@ impl Cache {
             self.layers.resize_with(layer + 1, || None);
         }
         let size = key.size();
-        let (new, total) = (size[2], self.len + size[2]);
+        let (new, total) = (size[1], self.len + size[1]);
         let slot = &mut self.layers[layer];
-        let room = slot.as_ref().map_or(0, |it| it.key.size()[2]);
+        let room = slot.as_ref().map_or(0, |it| it.key.size()[1]);
         if room < total {
             let capacity = (2 * total).max(64);
             let old = slot.take();
             let grow = |like: &Tensor, old: Option<&Tensor>| {
-                let shape = [size[0], size[1], capacity, size[3]];
+                let shape = [size[0], capacity, size[2], size[3]];
                 let fresh = Tensor::empty(shape, (like.kind(), like.device()));
                 if let Some(old) = old {
-                    fresh.narrow(2, 0, self.len).copy_(&old.narrow(2, 0, self.len));
+                    fresh.narrow(1, 0, self.len).copy_(&old.narrow(1, 0, self.len));
                 }
                 fresh
             };
@@ -116,9 +116,9 @@ impl Cache {
             });
         }
         let kv = slot.as_ref().expect("made above");
-        kv.key.narrow(2, self.len, new).copy_(key);
-        kv.value.narrow(2, self.len, new).copy_(value);
-        (kv.key.narrow(2, 0, total), kv.value.narrow(2, 0, total))
+        kv.key.narrow(1, self.len, new).copy_(key);
+        kv.value.narrow(1, self.len, new).copy_(value);
+        (kv.key.narrow(1, 0, total), kv.value.narrow(1, 0, total))
     }
 
     /// Counts the new positions, after every layer has added its own.

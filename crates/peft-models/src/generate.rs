@@ -23,7 +23,10 @@
 use std::ops::ControlFlow;
 
 use peft_core::Ctx;
-use rand_chacha::{ChaCha8Rng, rand_core::{Rng, SeedableRng}};
+use rand_chacha::{
+    ChaCha8Rng,
+    rand_core::{Rng, SeedableRng},
+};
 use tch::{Kind, TchError, Tensor};
 
 use crate::{Cache, Decoder, Input};
@@ -109,7 +112,9 @@ pub enum GenerateError {
         context: i64,
     },
     /// A token that the model has no embedding for.
-    #[error("prompt {row} has token {id}, the model knows {vocab}: does the tokenizer belong to it?")]
+    #[error(
+        "prompt {row} has token {id}, the model knows {vocab}: does the tokenizer belong to it?"
+    )]
     Token {
         /// Which prompt, from 1.
         row: usize,
@@ -129,7 +134,9 @@ pub enum GenerateError {
         range: &'static str,
     },
     /// The model computes nonsense.
-    #[error("the scores for token {step} of answer {row} are not finite: the weights or the adapter are damaged, or the number format is too narrow")]
+    #[error(
+        "the scores for token {step} of answer {row} are not finite: the weights or the adapter are damaged, or the number format is too narrow"
+    )]
     NotFinite {
         /// Which prompt, from 1.
         row: usize,
@@ -199,18 +206,26 @@ pub fn converse(
     Ok(answer)
 }
 
+impl Sampling {
+    /// An error where a setting is out of its range.
+    pub fn check(&self) -> Result<(), GenerateError> {
+        let it = self;
+        let within = |name, value: f64, fits: bool, range| match fits {
+            true => Ok(()),
+            false => Err(GenerateError::Setting { name, value, range }),
+        };
+        let (t, p, m, r) = (it.temperature, it.top_p, it.min_p, it.repetition_penalty);
+        within("temperature", t, t.is_finite() && t >= 0.0, "0 or more")?;
+        within("top_p", p, p > 0.0 && p <= 1.0, "above 0, at most 1")?;
+        within("min_p", m, (0.0..=1.0).contains(&m), "0 to 1")?;
+        within("repetition_penalty", r, r.is_finite() && r > 0.0, "above 0")?;
+        let context = it.context.unwrap_or(i64::MAX);
+        within("context", context as f64, context > 0, "1 or more")
+    }
+}
+
 fn check(model: &dyn Decoder, prompts: &[Vec<u32>], it: &Sampling) -> Result<(), GenerateError> {
-    let within = |name, value: f64, fits: bool, range| match fits {
-        true => Ok(()),
-        false => Err(GenerateError::Setting { name, value, range }),
-    };
-    let (t, p, m, r) = (it.temperature, it.top_p, it.min_p, it.repetition_penalty);
-    within("temperature", t, t.is_finite() && t >= 0.0, "0 or more")?;
-    within("top_p", p, p > 0.0 && p <= 1.0, "above 0, at most 1")?;
-    within("min_p", m, (0.0..=1.0).contains(&m), "0 to 1")?;
-    within("repetition_penalty", r, r.is_finite() && r > 0.0, "above 0")?;
-    let context = it.context.unwrap_or(i64::MAX);
-    within("context", context as f64, context > 0, "1 or more")?;
+    it.check()?;
     let (context, vocab) = (limit(model, it), model.vocab());
     for (row, prompt) in (1..).zip(prompts) {
         let tokens = prompt.len();
@@ -218,7 +233,11 @@ fn check(model: &dyn Decoder, prompts: &[Vec<u32>], it: &Sampling) -> Result<(),
             return Err(GenerateError::Empty { row });
         }
         if tokens as i64 > context {
-            return Err(GenerateError::TooLong { row, tokens, context });
+            return Err(GenerateError::TooLong {
+                row,
+                tokens,
+                context,
+            });
         }
         if let Some(&id) = prompt.iter().find(|&&id| i64::from(id) >= vocab) {
             return Err(GenerateError::Token { row, id, vocab });
@@ -257,8 +276,15 @@ impl Rows<'_> {
             stop: (sampling.max_new_tokens == 0).then_some(Stop::Length),
         };
         let rows: Vec<Row> = prompts.iter().map(row).collect();
-        let live = (0..rows.len()).filter(|&i| rows[i].stop.is_none()).collect();
-        Rows { model, sampling, rows, live }
+        let live = (0..rows.len())
+            .filter(|&i| rows[i].stop.is_none())
+            .collect();
+        Rows {
+            model,
+            sampling,
+            rows,
+            live,
+        }
     }
 
     /// Writes until every row has ended. The first `past` tokens of a single row are in the cache already.
@@ -273,7 +299,13 @@ impl Rows<'_> {
             let scores = self.scores(&input, cache)?; // [live, vocab]
             let chosen = self.choose(&scores)?;
             for (&row, token) in self.live.iter().zip(chosen) {
-                self.rows[row].take(row, token, self.sampling, limit(self.model, self.sampling), each);
+                self.rows[row].take(
+                    row,
+                    token,
+                    self.sampling,
+                    limit(self.model, self.sampling),
+                    each,
+                );
             }
             input = self.next(input, cache);
         }
@@ -284,7 +316,12 @@ impl Rows<'_> {
     fn first(&self, past: usize) -> Input {
         let device = self.model.device();
         let rest = |&row: &usize| &self.rows[row].tokens[past..];
-        let width = self.live.iter().map(|row| rest(row).len()).max().unwrap_or(0);
+        let width = self
+            .live
+            .iter()
+            .map(|row| rest(row).len())
+            .max()
+            .unwrap_or(0);
         let (mut ids, mut mask) = (Vec::new(), Vec::new());
         for tokens in self.live.iter().map(rest) {
             let gap = width - tokens.len();
@@ -339,7 +376,11 @@ impl Rows<'_> {
     fn scores(&self, input: &Input, cache: &mut Cache) -> Result<Tensor, GenerateError> {
         let hidden = self.model.hidden(input, Some(cache), Ctx::EVAL);
         let last = hidden.narrow(1, hidden.size()[1] - 1, 1).squeeze_dim(1);
-        let scores = self.model.head().forward(&last, Ctx::EVAL).to_kind(Kind::Float);
+        let scores = self
+            .model
+            .head()
+            .forward(&last, Ctx::EVAL)
+            .to_kind(Kind::Float);
         let penalty = self.sampling.repetition_penalty;
         if penalty != 1.0 {
             for (i, &row) in (0i64..).zip(&self.live) {
@@ -356,12 +397,18 @@ impl Rows<'_> {
         if let Some(at) = best.iter().position(|it| !it.is_finite()) {
             let row = &self.rows[self.live[at]];
             let step = row.tokens.len() - row.prompt + 1;
-            return Err(GenerateError::NotFinite { row: self.live[at] + 1, step });
+            return Err(GenerateError::NotFinite {
+                row: self.live[at] + 1,
+                step,
+            });
         }
         let chosen = if self.sampling.temperature == 0.0 {
             argmax
         } else {
-            let random = self.live.iter().map(|&row| uniform(&mut self.rows[row].random));
+            let random = self
+                .live
+                .iter()
+                .map(|&row| uniform(&mut self.rows[row].random));
             draw(&warp(scores, self.sampling)?, &random.collect::<Vec<f64>>())?
         };
         let chosen = Vec::<i64>::try_from(chosen)?;
@@ -408,7 +455,9 @@ fn penalise(scores: &Tensor, seen: &[u32], penalty: f64) -> Result<(), TchError>
     seen.dedup();
     let at = Tensor::from_slice(&seen).to_device(scores.device());
     let old = scores.f_index_select(0, &at)?;
-    let new = old.f_div_scalar(penalty)?.f_where_self(&old.f_gt(0.0)?, &(&old * penalty))?;
+    let new = old
+        .f_div_scalar(penalty)?
+        .f_where_self(&old.f_gt(0.0)?, &(&old * penalty))?;
     let _ = scores.shallow_clone().f_index_copy_(0, &at, &new)?;
     Ok(())
 }
@@ -425,7 +474,9 @@ fn warp(scores: &Tensor, it: &Sampling) -> Result<Tensor, TchError> {
     }
     if it.top_p < 1.0 {
         let (sorted, order) = scores.f_sort(-1, false)?;
-        let below = sorted.f_softmax(-1, Kind::Float)?.f_cumsum(-1, Kind::Float)?;
+        let below = sorted
+            .f_softmax(-1, Kind::Float)?
+            .f_cumsum(-1, Kind::Float)?;
         let gone = below.f_le(1.0 - it.top_p)?;
         let _ = gone.narrow(-1, vocab - 1, 1).f_fill_(0)?; // the best one stays
         scores = scores.f_masked_fill(&gone.f_scatter(-1, &order, &gone)?, out)?;
@@ -440,9 +491,13 @@ fn warp(scores: &Tensor, it: &Sampling) -> Result<Tensor, TchError> {
 
 /// The token at which the cumulative probability passes the row's random number; scores: `[rows, vocab] -> [rows]`.
 fn draw(scores: &Tensor, random: &[f64]) -> Result<Tensor, TchError> {
-    let below = scores.f_softmax(-1, Kind::Double)?.f_cumsum(-1, Kind::Double)?;
+    let below = scores
+        .f_softmax(-1, Kind::Double)?
+        .f_cumsum(-1, Kind::Double)?;
     let last = below.size()[1] - 1;
-    let random = Tensor::from_slice(random).to_device(scores.device()).view([-1, 1]);
+    let random = Tensor::from_slice(random)
+        .to_device(scores.device())
+        .view([-1, 1]);
     let wanted = random * below.narrow(-1, last, 1);
     let at = wanted.f_searchsorted(&below, false, true, "right", None::<Tensor>)?;
     at.f_clamp_max(last)?.f_squeeze_dim(-1)

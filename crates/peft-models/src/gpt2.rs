@@ -68,8 +68,6 @@ impl Gpt2 {
         let width = ((c.hidden / c.heads) as f64).powf(-0.5);
         let scale = if c.scale_by_width { width } else { 1.0 };
         Heads {
-            queries: c.heads,
-            keys: c.heads,
             scale: if c.scale_by_layer { scale / (layer + 1) as f64 } else { scale },
             dropout: c.attn_dropout,
         }

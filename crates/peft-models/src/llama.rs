@@ -96,8 +96,6 @@ impl Llama {
         }
         let (cos, sin) = turn;
         let heads = Heads {
-            queries: c.heads,
-            keys: c.kv_heads,
             scale: (c.head_dim as f64).powf(-0.5),
             dropout: c.attention_dropout,
         };

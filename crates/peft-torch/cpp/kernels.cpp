@@ -135,6 +135,49 @@ INLINE void gelu_backward(const T* g, const T* x, T* dx, int64_t begin, int64_t 
   }
 }
 
+// ---- Softmax of scores [rows, n] in place, where row i is query i % queries: z · scale + mask, causal or not ----
+
+INLINE void softmax(float* z, const float* mask, int64_t mask_rows, int64_t n, int64_t queries, float scale, bool causal,
+                    int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++) {
+    float* zi = z + i * n;
+    int64_t seen = causal ? i % queries + 1 : n;
+    float top = -__builtin_inff(), sum = 0;
+    if (mask) {
+      const float* mi = mask + (i % mask_rows) * n;
+      for (int64_t j = 0; j < seen; j++) zi[j] = zi[j] * scale + mi[j];
+    } else {
+      for (int64_t j = 0; j < seen; j++) zi[j] *= scale;
+    }
+    for (int64_t j = 0; j < seen; j++) top = zi[j] > top ? zi[j] : top;
+    for (int64_t j = 0; j < seen; j++) {
+      // exp_ stops at e^-87: what a mask hides must be nothing, not nearly nothing.
+      float e = zi[j] - top < -87.0f ? 0.0f : exp_(zi[j] - top);
+      zi[j] = e;
+      sum += e;
+    }
+    float inverse = 1.0f / sum;
+    for (int64_t j = 0; j < seen; j++) zi[j] *= inverse;
+    for (int64_t j = seen; j < n; j++) zi[j] = 0;
+  }
+}
+// dz = scale · p (dp − Σ p dp), in place of dp
+INLINE void softmax_backward(float* dp, const float* p, int64_t n, float scale, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++) {
+    float* di = dp + i * n;
+    const float* pi = p + i * n;
+    float dot = 0;
+    for (int64_t j = 0; j < n; j++) dot += di[j] * pi[j];
+    for (int64_t j = 0; j < n; j++) di[j] = scale * pi[j] * (di[j] - dot);
+  }
+}
+CLONES void softmax_rows(float* z, const float* mask, int64_t mask_rows, int64_t n, int64_t queries, float scale, bool causal, int64_t b, int64_t e) {
+  softmax(z, mask, mask_rows, n, queries, scale, causal, b, e);
+}
+CLONES void softmax_backward_rows(float* dp, const float* p, int64_t n, float scale, int64_t b, int64_t e) {
+  softmax_backward(dp, p, n, scale, b, e);
+}
+
 // ---- y[m, n] = x[m, k] w[n, k]ᵀ for few rows: bound by reading w once ----
 
 template <class T>
@@ -337,6 +380,38 @@ int peft_cross_entropy(at::Tensor* z, at::Tensor* target, at::Tensor** loss, cha
       is_f32(*z) ? xent_rows_f32(f(*z), t, f(out), v, b, e) : xent_rows_bf16(h(*z), t, f(out), v, b, e);
     });
     *loss = new at::Tensor(out);
+  });
+}
+
+// z: [batch, heads, queries, keys] float, in place; mask: [batch or 1, 1, queries, keys] float or null, added
+int peft_softmax(at::Tensor* z, at::Tensor* mask, double scale, int causal, char** err) {
+  return guarded(err, [&] {
+    check(*z);
+    TORCH_CHECK(z->dim() == 4 && is_f32(*z), "softmax: scores are ", z->sizes(), " ", z->scalar_type());
+    int64_t n = z->size(3), queries = z->size(2);
+    if (mask) {
+      check(*mask);
+      TORCH_CHECK(is_f32(*mask) && mask->dim() == 4 && mask->size(1) == 1 && mask->size(2) == queries && mask->size(3) == n &&
+                      (mask->size(0) == 1 || mask->size(0) == z->size(0)),
+                  "softmax: mask ", mask->sizes(), " does not fit ", z->sizes());
+    }
+    bool each = mask && mask->size(0) > 1;
+    at::parallel_for(0, z->size(0) * z->size(1), grain(queries * n), [&](int64_t b, int64_t e) {
+      for (int64_t h = b; h < e; h++) {
+        const float* m = mask ? f(*mask) + (each ? h / z->size(1) * queries * n : 0) : nullptr;
+        softmax_rows(f(*z) + h * queries * n, m, queries, n, queries, scale, causal, 0, queries);
+      }
+    });
+  });
+}
+
+int peft_softmax_backward(at::Tensor* dp, at::Tensor* p, double scale, char** err) {
+  return guarded(err, [&] {
+    check(*dp), same(*dp, *p);
+    TORCH_CHECK(is_f32(*dp), "softmax: gradients are ", dp->scalar_type());
+    int64_t n = dp->size(-1);
+    at::parallel_for(0, dp->numel() / n, grain(n),
+                     [&](int64_t b, int64_t e) { softmax_backward_rows(f(*dp), f(*p), n, scale, b, e); });
   });
 }
 }

@@ -26,6 +26,24 @@ int peft_grad_enabled() { return at::GradMode::is_enabled(); }
 
 int peft_has_onednn() { return at::globalContext().hasMKLDNN(); }
 
+// a b for fp32 batches [n, m, k], [n, k, l]; through oneDNN if told so, by the switch that libtorch has for it.
+int peft_bmm(at::Tensor* a, at::Tensor* b, int onednn, at::Tensor** y, char** err) {
+  return guarded(err, [&] {
+    auto& context = at::globalContext();
+    // Plain fp32 on processors without AMX, and only those are told so.
+    bool changed = onednn && context.float32MatmulPrecision() == at::Float32MatmulPrecision::HIGHEST;
+    struct Restore {
+      at::Context& context;
+      bool changed;
+      ~Restore() {
+        if (changed) context.setFloat32MatmulPrecision("highest");
+      }
+    } restore{context, changed};
+    if (changed) context.setFloat32MatmulPrecision("medium");
+    *y = new at::Tensor(at::bmm(*a, *b));
+  });
+}
+
 // y += alpha * a b, in place.
 int peft_addmm(at::Tensor* y, at::Tensor* a, at::Tensor* b, double alpha, char** err) {
   return guarded(err, [&] { at::addmm_out(*y, *y, *a, *b, 1, alpha); });

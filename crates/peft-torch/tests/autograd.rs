@@ -61,7 +61,11 @@ fn drops() -> Arc<AtomicUsize> {
 fn gradients_are_libtorchs() {
     let (x, y) = (leaf(&[3, 5]), leaf(&[3, 5]));
     let loss = |z: &Tensor| z.tanh().square().sum(Kind::Float);
-    let ours = vjp(&[&loss(&product(&x, &y, &drops()))], &[&Tensor::from(1f32)], &[&x, &y]);
+    let ours = vjp(
+        &[&loss(&product(&x, &y, &drops()))],
+        &[&Tensor::from(1f32)],
+        &[&x, &y],
+    );
     let theirs = vjp(&[&loss(&(&x * &y))], &[&Tensor::from(1f32)], &[&x, &y]);
     for (a, b) in ours.unwrap().into_iter().zip(theirs.unwrap()) {
         assert!(a.unwrap().allclose(&b.unwrap(), 1e-6, 1e-6, false));
@@ -73,7 +77,11 @@ fn nothing_is_kept_without_gradients_or_after_backward() {
     let dropped = drops();
     let (x, y) = (random(&[4]), random(&[4]));
     assert!(!product(&x, &y, &dropped).requires_grad());
-    assert_eq!(dropped.load(Ordering::SeqCst), 1, "no input wants a gradient");
+    assert_eq!(
+        dropped.load(Ordering::SeqCst),
+        1,
+        "no input wants a gradient"
+    );
 
     let x = leaf(&[4]);
     tch::no_grad(|| product(&x, &y, &dropped));
@@ -83,7 +91,11 @@ fn nothing_is_kept_without_gradients_or_after_backward() {
     assert_eq!(dropped.load(Ordering::SeqCst), 2, "held by the graph");
     z.sum(Kind::Float).backward();
     drop(z);
-    assert_eq!(dropped.load(Ordering::SeqCst), 3, "the graph is gone, also where a function saw its output");
+    assert_eq!(
+        dropped.load(Ordering::SeqCst),
+        3,
+        "the graph is gone, also where a function saw its output"
+    );
 }
 
 #[test]
@@ -163,7 +175,11 @@ fn a_second_derivative_is_refused_and_says_so() {
     let (x, y) = (leaf(&[3]), leaf(&[3]));
     let z = product(&x, &y, &drops()).sum(Kind::Float);
     let once = Tensor::f_run_backward(&[&z], &[&x], true, true).expect("the first is fine");
-    let twice = once[0].sum(Kind::Float).f_backward().unwrap_err().to_string();
+    let twice = once[0]
+        .sum(Kind::Float)
+        .f_backward()
+        .unwrap_err()
+        .to_string();
     assert!(twice.contains("no second derivative"), "{twice}");
 }
 
@@ -195,7 +211,9 @@ fn outputs_may_be_changed_in_place() {
 fn backward_runs_on_another_thread() {
     let x = leaf(&[3]);
     let z = product(&x, &random(&[3]), &drops()).sum(Kind::Float);
-    std::thread::spawn(move || z.backward()).join().expect("no panic");
+    std::thread::spawn(move || z.backward())
+        .join()
+        .expect("no panic");
     assert!(x.grad().defined());
 }
 
@@ -203,6 +221,13 @@ fn backward_runs_on_another_thread() {
 fn backward_takes_several_outputs_with_their_gradients() {
     let x = leaf(&[2]);
     let (a, b) = (&x * 2.0, &x * 3.0);
-    backward(&[&a, &b], &[&Tensor::from_slice(&[1f32, 0.]), &Tensor::from_slice(&[0f32, 1.])]).unwrap();
+    backward(
+        &[&a, &b],
+        &[
+            &Tensor::from_slice(&[1f32, 0.]),
+            &Tensor::from_slice(&[0f32, 1.]),
+        ],
+    )
+    .unwrap();
     assert_eq!(Vec::<f32>::try_from(x.grad()).unwrap(), [2.0, 3.0]);
 }

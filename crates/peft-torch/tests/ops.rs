@@ -33,7 +33,10 @@ fn same(
                 .collect();
             let y = f(&leaves);
             let seed = (Tensor::arange(y.numel() as i64, (Kind::Float, Device::Cpu)) * 0.7).sin();
-            let seed = seed.view(y.size().as_slice()).to_kind(Kind::BFloat16).to_kind(y.kind());
+            let seed = seed
+                .view(y.size().as_slice())
+                .to_kind(Kind::BFloat16)
+                .to_kind(y.kind());
             let leaves: Vec<&Tensor> = leaves.iter().collect();
             let grads = vjp(&[&y], &[&seed], &leaves).expect("a backward pass");
             (y.detach(), grads)
@@ -41,7 +44,11 @@ fn same(
         let (y, grads) = run(&ours, kind);
         let (expected, slopes) = run(&plain, Kind::Float);
         assert_eq!(y.kind(), kind, "{what}");
-        assert!(gap(&y, &expected) < within, "{what} {kind:?}: {:e}", gap(&y, &expected));
+        assert!(
+            gap(&y, &expected) < within,
+            "{what} {kind:?}: {:e}",
+            gap(&y, &expected)
+        );
         for (i, (g, s)) in grads.into_iter().zip(slopes).enumerate() {
             let off = gap(&g.expect("a gradient"), &s.expect("a gradient"));
             assert!(off < within, "{what} {kind:?}, gradient {i}: {off:e}");
@@ -58,7 +65,15 @@ fn norms_turns_and_gates() {
             "rms_norm",
             &[x.shallow_clone()],
             |t| rms_norm(&t[0], &w.to_kind(t[0].kind()), 1e-5),
-            |t| &t[0] * (t[0].square().mean_dim([-1i64].as_slice(), true, Kind::Float) + 1e-5).rsqrt() * &w,
+            |t| {
+                &t[0]
+                    * (t[0]
+                        .square()
+                        .mean_dim([-1i64].as_slice(), true, Kind::Float)
+                        + 1e-5)
+                        .rsqrt()
+                    * &w
+            },
         );
         let angle = random(&[1, s, d / 2], Kind::Float);
         let (cos, sin) = (angle.cos(), angle.sin());
@@ -79,7 +94,12 @@ fn norms_turns_and_gates() {
             |t| swiglu(&t[0], &t[1]),
             |t| t[0].silu() * &t[1],
         );
-        same("gelu", &[&x * 3.0], |t| gelu_tanh(&t[0]), |t| t[0].gelu("tanh"));
+        same(
+            "gelu",
+            &[&x * 3.0],
+            |t| gelu_tanh(&t[0]),
+            |t| t[0].gelu("tanh"),
+        );
     }
 }
 
@@ -87,8 +107,14 @@ fn norms_turns_and_gates() {
 fn extreme_values_stay_finite_where_they_should() {
     let x = Tensor::from_slice(&[-1e4f32, -90., -20., -0., 0., 20., 90., 1e4]);
     let ones = x.ones_like();
-    for (got, expected) in [(swiglu(&x, &ones), x.silu()), (gelu_tanh(&x), x.gelu("tanh"))] {
-        assert!(got.allclose(&expected, 1e-5, 1e-6, false), "{got} {expected}");
+    for (got, expected) in [
+        (swiglu(&x, &ones), x.silu()),
+        (gelu_tanh(&x), x.gelu("tanh")),
+    ] {
+        assert!(
+            got.allclose(&expected, 1e-5, 1e-6, false),
+            "{got} {expected}"
+        );
     }
     let nan = Tensor::from_slice(&[f32::NAN, f32::INFINITY]);
     let y = swiglu(&nan, &nan.ones_like());
@@ -112,7 +138,10 @@ fn cross_entropy_leaves_its_gradient() {
         let targets = Tensor::randint(131, [9], (Kind::Int64, Device::Cpu));
         let exact = z.to_kind(Kind::Float).set_requires_grad(true);
         let loss = exact.cross_entropy_loss::<Tensor>(&targets, None, Reduction::None, -100, 0.0);
-        let slope = vjp(&[&loss], &[&loss.ones_like()], &[&exact]).unwrap().remove(0).unwrap();
+        let slope = vjp(&[&loss], &[&loss.ones_like()], &[&exact])
+            .unwrap()
+            .remove(0)
+            .unwrap();
         let mut scores = z.copy();
         let losses = cross_entropy_(&mut scores, &targets);
         assert!(gap(&losses, &loss.detach()) < 2e-6);
@@ -124,7 +153,9 @@ fn cross_entropy_leaves_its_gradient() {
 fn a_target_beyond_the_vocabulary_does_not_read_beyond_the_row() {
     let mut z = random(&[2, 3], Kind::Float);
     let bad = Tensor::from_slice(&[0i64, 3]);
-    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cross_entropy_(&mut z, &bad)));
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        cross_entropy_(&mut z, &bad)
+    }));
     assert!(caught.is_err());
 }
 
@@ -133,7 +164,11 @@ fn products_and_their_gradients() {
     for fast in [false, true] {
         set_fast_fp32(fast);
         for (rows, inp, out) in [(1, 7, 5), (3, 130, 200), (33, 31, 17), (64, 96, 128)] {
-            let (x, w, b) = (random(&[2, rows, inp], Kind::Float), random(&[out, inp], Kind::Float), random(&[out], Kind::Float));
+            let (x, w, b) = (
+                random(&[2, rows, inp], Kind::Float),
+                random(&[out, inp], Kind::Float),
+                random(&[out], Kind::Float),
+            );
             same(
                 "linear",
                 &[x.shallow_clone(), w.shallow_clone(), b.shallow_clone()],
@@ -155,8 +190,15 @@ fn products_and_their_gradients() {
 fn few_rows_are_the_same_product() {
     for kind in [Kind::Float, Kind::BFloat16] {
         for (m, n, k) in [(1, 300, 130), (3, 257, 65), (4, 128, 1024)] {
-            let (x, w, b) = (random(&[m, k], kind), random(&[n, k], kind), random(&[n], kind));
-            let exact = x.to_kind(Kind::Double).matmul(&w.to_kind(Kind::Double).tr()) + &b;
+            let (x, w, b) = (
+                random(&[m, k], kind),
+                random(&[n, k], kind),
+                random(&[n], kind),
+            );
+            let exact = x
+                .to_kind(Kind::Double)
+                .matmul(&w.to_kind(Kind::Double).tr())
+                + &b;
             let within = if kind == Kind::Float { 1e-6 } else { 1e-2 };
             assert!(gap(&gemv(&x, &w, Some(&b)), &exact) < within);
         }
@@ -166,11 +208,20 @@ fn few_rows_are_the_same_product() {
 #[test]
 fn adamw_is_the_papers() {
     let start = [random(&[5, 3], Kind::Float), random(&[7], Kind::Float)];
-    let adam = AdamW { betas: (0.8, 0.95), eps: 1e-6 };
+    let adam = AdamW {
+        betas: (0.8, 0.95),
+        eps: 1e-6,
+    };
     let (lr, decay) = (0.01, 0.1);
-    let mut fused: Vec<Tensor> = start.iter().map(|t| t.copy().set_requires_grad(true)).collect();
+    let mut fused: Vec<Tensor> = start
+        .iter()
+        .map(|t| t.copy().set_requires_grad(true))
+        .collect();
     let mut moments: Vec<Moments> = fused.iter().map(Moments::new).collect();
-    let mut plain: Vec<(Tensor, Tensor, Tensor)> = start.iter().map(|t| (t.copy(), t.zeros_like(), t.zeros_like())).collect();
+    let mut plain: Vec<(Tensor, Tensor, Tensor)> = start
+        .iter()
+        .map(|t| (t.copy(), t.zeros_like(), t.zeros_like()))
+        .collect();
     for step in 1..=4 {
         let slope = |t: &Tensor| (t * step as f64).sin();
         for p in &mut fused {
@@ -232,5 +283,43 @@ fn borrowed_memory_is_held_and_checked() {
     for (shape, part) in [([2, 4], 0..24), ([1, 5], 1..21), ([i64::MAX, 2], 0..24)] {
         // SAFETY: refused before anything is read.
         assert!(unsafe { memory::borrow(&raw[part], &shape, Kind::Float, bytes.clone()) }.is_err());
+    }
+}
+
+#[test]
+fn attention_is_softmax_of_products() {
+    for (b, n, heads, kv, d, causal, masked) in [
+        (2, 7, 4, 4, 6, true, false),
+        (1, 33, 6, 2, 10, true, false),
+        (2, 9, 4, 1, 8, false, true),
+        (3, 5, 2, 2, 4, false, false),
+    ] {
+        let q = random(&[b, n, heads, d], Kind::Float);
+        let (k, v) = (random(&[b, n, kv, d], Kind::Float), random(&[b, n, kv, d], Kind::Float));
+        let mask = masked.then(|| {
+            let hidden = Tensor::rand([b, 1, n, n], (Kind::Float, Device::Cpu)).gt(0.6);
+            let own = Tensor::eye(n, (Kind::Bool, Device::Cpu));
+            let hidden = hidden.logical_and(&own.logical_not());
+            Tensor::zeros([b, 1, n, n], (Kind::Float, Device::Cpu)).masked_fill(&hidden, f64::NEG_INFINITY)
+        });
+        let plain = |t: &[Tensor]| {
+            let heads_first = |t: &Tensor, groups: i64| t.transpose(1, 2).repeat_interleave_self_int(groups, 1, None);
+            let (q, k, v) = (heads_first(&t[0], 1), heads_first(&t[1], heads / kv), heads_first(&t[2], heads / kv));
+            let mut z = q.matmul(&k.transpose(2, 3)) * 0.3;
+            if causal {
+                let later = Tensor::ones([n, n], (Kind::Bool, Device::Cpu)).triu(1);
+                z = z.masked_fill(&later, f64::NEG_INFINITY);
+            }
+            if let Some(mask) = &mask {
+                z = z + mask;
+            }
+            z.softmax(-1, Kind::Float).matmul(&v).transpose(1, 2)
+        };
+        same(
+            "attention",
+            &[q, k, v],
+            |t| peft_torch::attention([&t[0], &t[1], &t[2]], 0.3, causal, mask.as_ref(), 0.0),
+            plain,
+        );
     }
 }
