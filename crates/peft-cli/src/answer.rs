@@ -16,24 +16,41 @@ use peft::{
     models::{Decoder, Memory, Sampling, Stop, converse, generate},
 };
 
+use crate::error::usage;
+
 /// How to choose the next token, and when to stop.
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Sampling")]
 pub(crate) struct SamplingArgs {
     /// 0 takes the best token each time; higher is livelier [default: 0, in a chat 0.7]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     temperature: Option<f64>,
     /// Draw from the N best tokens only; 0: from all
     #[arg(long, value_name = "N", default_value_t = 0)]
     top_k: usize,
     /// Draw from the best tokens that have this much probability together
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "P",
+        allow_negative_numbers = true,
+        default_value_t = 1.0
+    )]
     top_p: f64,
     /// Leave out tokens below this part of the best one's probability
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "P",
+        allow_negative_numbers = true,
+        default_value_t = 0.0
+    )]
     min_p: f64,
     /// Above 1: what was said already becomes less likely
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "P",
+        allow_negative_numbers = true,
+        default_value_t = 1.0
+    )]
     repetition_penalty: f64,
     /// End an answer before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
@@ -48,8 +65,12 @@ pub(crate) struct SamplingArgs {
 
 impl SamplingArgs {
     /// The settings, with the tokens that end an answer.
-    pub(crate) fn settings(&self, tokenizer: &Tokenizer, usual_temperature: f64) -> Sampling {
-        Sampling {
+    pub(crate) fn settings(
+        &self,
+        tokenizer: &Tokenizer,
+        usual_temperature: f64,
+    ) -> Result<Sampling> {
+        let sampling = Sampling {
             max_new_tokens: self.max_new_tokens,
             stop_ids: tokenizer.eos_ids().to_vec(),
             temperature: self.temperature.unwrap_or(usual_temperature),
@@ -61,13 +82,15 @@ impl SamplingArgs {
                 .seed
                 .unwrap_or_else(|| RandomState::new().hash_one("seed")),
             context: None,
-        }
+        };
+        sampling.check().map_err(usage)?;
+        Ok(sampling)
     }
 
     /// The texts that end an answer; an empty one would end every answer at once.
     pub(crate) fn stops(&self) -> Result<Vec<String>> {
         if self.stop.iter().any(String::is_empty) {
-            return Err(crate::error::usage("`--stop` is empty: a text is wanted"));
+            return Err(usage("`--stop` is empty: a text is wanted"));
         }
         Ok(self.stop.clone())
     }

@@ -86,15 +86,11 @@ fn parse_device(text: &str) -> Result<DeviceChoice, String> {
 /// A number format to compute or save in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DtypeChoice {
-    /// What the hardware is good at
     Auto,
-    /// 32 bits
     #[value(alias = "float32", alias = "f32")]
     Fp32,
-    /// 16 bits, the range of fp32
     #[value(alias = "bfloat16")]
     Bf16,
-    /// 16 bits
     #[value(alias = "float16", alias = "f16")]
     Fp16,
 }

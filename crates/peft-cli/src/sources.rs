@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use peft::{
-    core::{Adapter, files},
+    core::{Adapter, files, nearest},
     data::Tokenizer,
     models::{Decoder, OpenOptions, Source, open_source},
     train::Run,
@@ -30,27 +30,26 @@ const ADAPTER_CONFIG: &str = "adapter_config.json";
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct SourceArgs {
     /// A run folder, an adapter folder, or a model
-    #[arg(value_name = "RUN", required_unless_present = "model")]
+    #[arg(value_name = "RUN")]
     run: Option<String>,
     #[command(flatten)]
     base: BaseArgs,
     /// The adapter with the lowest held-out loss instead of the last one
-    #[arg(long, conflicts_with = "adapter")]
+    #[arg(long, conflicts_with = "adapter", help_heading = "Model")]
     best: bool,
     /// The base alone, without the adapter
-    #[arg(long, conflicts_with_all = ["adapter", "best"])]
+    #[arg(long, conflicts_with_all = ["adapter", "best"], help_heading = "Model")]
     no_adapter: bool,
 }
 
 /// A model and adapters, by flags alone.
 #[derive(Debug, Clone, clap::Args)]
-#[command(next_help_heading = "Model")]
 pub(crate) struct BaseArgs {
     /// The base: a model folder, a hub id or a .gguf file
-    #[arg(long, value_name = "MODEL")]
+    #[arg(long, value_name = "MODEL", help_heading = "Model")]
     pub(crate) model: Option<String>,
     /// An adapter folder, with a name if wanted; several work together
-    #[arg(long, value_name = "[NAME=]DIR")]
+    #[arg(long, value_name = "[NAME=]DIR", help_heading = "Model")]
     pub(crate) adapter: Vec<NamedFolder>,
 }
 
@@ -195,7 +194,11 @@ impl BaseArgs {
         let model = match (&self.model, self.adapter.first()) {
             (Some(model), _) => model.clone(),
             (None, Some(first)) => base_of(&first.dir)?,
-            (None, None) => return Err(usage("no model: name one with `--model`")),
+            (None, None) => {
+                return Err(usage(
+                    "nothing to work on: give a RUN, or a model with `--model`",
+                ));
+            }
         };
         let mut found = found(&model)?;
         found.adapters = named(&self.adapter)?;
@@ -220,6 +223,16 @@ impl Sources {
     /// Loads the model at a place that was chosen.
     pub(crate) fn load_at(&self, at: Placement) -> Result<Box<dyn Decoder>> {
         self.load(at.device, Some(at.kind))
+    }
+
+    /// Whether there is a tokenizer anywhere. A GGUF file has one, or says so when it is asked.
+    pub(crate) fn has_tokenizer(&self) -> bool {
+        let beside = |dir: &PathBuf| has_tokenizer(dir).is_some();
+        self.tokenizer.is_some()
+            || match &self.base {
+                Source::Folder(dir) => beside(dir),
+                Source::Gguf(_) => true,
+            }
     }
 
     /// The tokenizer: that of the run or adapter, else of the base.
@@ -264,10 +277,29 @@ impl std::ops::Deref for Voice {
 fn found(model: &str) -> Result<Sources> {
     Ok(Sources {
         model: model.to_owned(),
-        base: Source::find(model)?,
+        base: Source::find(model)
+            .with_context(|| format!("model `{model}`{}", neighbour(model)))?,
         adapters: Vec::new(),
         tokenizer: None,
     })
+}
+
+/// `; nearest is …`: what lies in the same folder and is called nearly so.
+fn neighbour(path: &str) -> String {
+    let path = Path::new(path);
+    let folder = path
+        .parent()
+        .filter(|it| !it.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let entries = folder.read_dir().into_iter().flatten().flatten();
+    let names: Vec<String> = entries
+        .map(|it| it.file_name().to_string_lossy().into_owned())
+        .collect();
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    match path.exists() {
+        true => String::new(),
+        false => nearest(&name, names.iter().map(String::as_str)),
+    }
 }
 
 /// The base that an adapter names.

@@ -70,6 +70,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let voice = sources.tokenizer()?;
     // Before the weights: a model that cannot be asked says so at once.
     conversation(&voice, &[Message::user("?")])?;
+    let sampling = args.sampling.settings(&voice, TEMPERATURE)?;
     let mut model = sources.load_at(args.compute.place()?)?;
     if args.merged {
         model.merge()?;
@@ -95,7 +96,6 @@ pub(crate) fn run(args: Args) -> Result<()> {
         );
         println!("{}\n", style("/help for commands, Ctrl-D to leave").dim());
     }
-    let sampling = args.sampling.settings(&voice, TEMPERATURE);
     let mut talk = Talk {
         model,
         voice,

@@ -24,6 +24,7 @@ use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use crate::{
+    args::kind_name,
     sources::base_of,
     terminal::{bytes, grouped},
 };
@@ -195,7 +196,9 @@ fn weights(report: &mut Report, state: &State) {
         .sum();
     let mut kinds: BTreeMap<String, usize> = BTreeMap::new();
     for tensor in state.values() {
-        *kinds.entry(format!("{:?}", tensor.kind())).or_default() += 1;
+        *kinds
+            .entry(kind_name(tensor.kind()).to_owned())
+            .or_default() += 1;
     }
     let kinds: Vec<String> = kinds
         .iter()

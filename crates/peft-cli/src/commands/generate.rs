@@ -76,11 +76,11 @@ pub(crate) fn run(args: Args) -> Result<()> {
         .iter()
         .map(|it| it.ids(&tokenizer, args.system.as_deref(), args.raw))
         .collect::<Result<_>>()?;
+    let sampling = args.sampling.settings(&tokenizer, 0.0)?;
     let mut model = sources.load_at(args.compute.place()?)?;
     if args.merged {
         model.merge()?;
     }
-    let sampling = args.sampling.settings(&tokenizer, 0.0);
 
     if let ([prompt], [ids], false) = (&prompts[..], &ids[..], args.json) {
         let mut show = |text: &str| say(text);

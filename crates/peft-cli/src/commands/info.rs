@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use peft::{
-    core::{Adapter, Error, ModelExt, Tuner, nearest},
+    core::{Adapter, ModelExt, Tuner, nearest},
     models::{Decoder, MODEL_TYPES, OpenOptions, Source, open_source, parameters},
     train::Run,
 };
@@ -43,12 +43,18 @@ pub(crate) fn run(args: Args) -> Result<()> {
         return adapter(dir);
     }
     let source = Source::find(&args.what)?;
+    // A mistake in what was typed is said before anything is loaded.
+    let tuner = args
+        .method
+        .as_ref()
+        .map(|name| configured(name, &args.set))
+        .transpose()?;
     let mut model = open_source(&source, OpenOptions::default())
         .with_context(|| format!("model `{}`", args.what))?;
     describe(&source, &mut *model);
-    match &args.method {
+    match tuner {
         None => usual(&mut *model),
-        Some(name) => one(&mut *model, name, &args.set),
+        Some(tuner) => one(&mut *model, &*tuner),
     }
 }
 
@@ -130,8 +136,8 @@ fn usual(model: &mut dyn Decoder) -> Result<()> {
     Ok(())
 }
 
-/// One method with given settings.
-fn one(model: &mut dyn Decoder, method: &str, sets: &[String]) -> Result<()> {
+/// A method by name, with settings.
+fn configured(method: &str, sets: &[String]) -> Result<Box<dyn Tuner>> {
     let registry = peft::builtin();
     let known = registry.known();
     let tag = method.to_uppercase();
@@ -150,14 +156,13 @@ fn one(model: &mut dyn Decoder, method: &str, sets: &[String]) -> Result<()> {
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
         settings.insert(key.to_owned(), value);
     }
-    let tuner = registry
-        .parse(Value::Object(settings))
-        .map_err(|error| match error {
-            Error::Config { .. } | Error::Unsupported { .. } => usage(error),
-            other => other.into(),
-        })?;
-    let [trainable, part, file, optimiser] = counted(model, &*tuner)?.cells();
-    line("method", method);
+    registry.parse(Value::Object(settings)).map_err(usage)
+}
+
+/// One method with given settings.
+fn one(model: &mut dyn Decoder, tuner: &dyn Tuner) -> Result<()> {
+    let [trainable, part, file, optimiser] = counted(model, tuner)?.cells();
+    line("method", tuner.peft_type());
     line("trainable", format!("{trainable} ({part})"));
     line("file", file);
     line("optimiser", optimiser);
@@ -231,7 +236,7 @@ fn adapter(dir: &Path) -> Result<()> {
         "peft_version",
     ];
     for (key, value) in json.as_object().into_iter().flatten() {
-        let usual = plain.get(key) == Some(value) || value.is_null();
+        let usual = plain.get(key).is_none_or(|it| it == value);
         if !hidden.contains(&key.as_str()) && (!usual || key == "r" || key == "lora_alpha") {
             println!("  {key}: {value}");
         }

@@ -8,7 +8,7 @@ use std::{fs, path::PathBuf};
 use anyhow::{Context, Result, bail};
 use console::style;
 use peft::{
-    core::{Ctx, ModelExt},
+    core::{Ctx, ModelExt, Slot},
     models::{Decoder, Input, parameters, save},
 };
 use tch::{Device, Kind, Tensor};
@@ -47,7 +47,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
             "nothing to merge: give a run, or name an `--adapter`",
         ));
     }
-    let mut model = sources.load(Device::Cpu, args.dtype.kind())?;
+    let wanted = args.dtype.kind();
+    let mut model = sources.load(Device::Cpu, wanted.map(|_| Kind::Float))?;
     let probe = probe(&*model);
     let logits = |model: &dyn Decoder| {
         tch::no_grad(|| {
@@ -58,6 +59,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     };
     let before = logits(&*model);
     model.merge_and_unload()?;
+    if let Some(kind) = wanted {
+        round(&mut *model, kind)?;
+    }
     let after = logits(&*model);
     let change = (&before - after).abs().max().double_value(&[]);
     let largest = before.abs().max().double_value(&[]);
@@ -80,6 +84,34 @@ pub(crate) fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
+/// Rounds every weight to another number format. What is shared stays shared: the handle keeps its place
+/// and gets other data.
+fn round(model: &mut dyn Decoder, kind: Kind) -> Result<()> {
+    let mut result = Ok(());
+    model.slots(&mut |_, slot| {
+        let tensors = match slot {
+            Slot::Linear(it) => [
+                Some(it.base().weight()),
+                it.base().bias().map(Tensor::shallow_clone),
+            ],
+            Slot::Embedding(it) => [Some(it.weight().shallow_clone()), None],
+            Slot::Norm(it) => {
+                let affine = it.base();
+                [
+                    Some(affine.weight.shallow_clone()),
+                    affine.bias.as_ref().map(Tensor::shallow_clone),
+                ]
+            }
+            _ => [None, None],
+        };
+        for mut tensor in tensors.into_iter().flatten().filter(|it| it.kind() != kind) {
+            let rounded = tensor.f_to_kind(kind).and_then(|it| tensor.f_set_data(&it));
+            result = std::mem::replace(&mut result, Ok(())).and(rounded);
+        }
+    });
+    Ok(result?)
+}
+
 /// Ids from all over the vocabulary, `[1, n]`.
 fn probe(model: &dyn Decoder) -> Tensor {
     let n = model.max_positions().clamp(1, 32);
@@ -91,7 +123,10 @@ fn probe(model: &dyn Decoder) -> Tensor {
 
 /// The files that go along: tokenizer with template, and the settings for generation.
 fn besides(sources: &Sources, held: &tempfile::TempDir) -> Result<Vec<PathBuf>> {
-    sources.tokenizer()?.save(held.path())?;
+    match sources.has_tokenizer() {
+        true => sources.tokenizer()?.save(held.path())?,
+        false => eprintln!("note: the base has no tokenizer, so the merged model has none"),
+    }
     let entries = fs::read_dir(held.path()).context("a temporary folder")?;
     let mut files: Vec<PathBuf> = entries
         .map(|it| it.map(|it| it.path()))
