@@ -43,15 +43,16 @@ fn kernels(args: &Args) -> Result<()> {
 
 fn beside_python(args: &Args) -> Result<()> {
     let python = python::ensure()?;
-    run::build_peft()?;
+    run::run(&mut run::cargo(&["build", "--package", "benches"]))?;
     let mut compare = Command::new(python);
-    compare.current_dir(paths::root()).arg("benches/compare.py");
     compare
-        .arg("--peft")
-        .arg(paths::peft("debug"))
-        .args(["--out", "benches/results"]);
+        .current_dir(paths::root())
+        .arg("benches/compare.py");
     if args.quick {
-        compare.arg("--quick");
+        compare.args(["--rounds", "1", "--steps", "3"]);
     }
-    run::run(compare.args(&args.filter))
+    if let Some(part) = args.filter.first() {
+        compare.args(["--only", part]);
+    }
+    run::run(&mut compare)
 }

@@ -1,3 +1,5 @@
+//! What is told to a forward pass besides its tensors.
+
 /// What a forward pass needs to know besides its tensors. Passed, never stored:
 /// a dropout that is on in evaluation is a bug that nobody sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,3 +1,5 @@
+//! Errors at the borders of the library: each names the thing, the place and what would fit.
+
 use std::path::{Path, PathBuf};
 
 /// Everything that can go wrong at a border: files, configurations, names, shapes.

@@ -1,3 +1,8 @@
+//! A model as methods see it: named places, a description, and what can be done with adapters on it.
+//!
+//! A model implements two methods ([`Model`]); injecting, switching, merging and the rest follow from them
+//! ([`ModelExt`]) and are the same for a language model and for three layers of one's own.
+
 use std::collections::BTreeSet;
 
 use crate::{

@@ -1,3 +1,7 @@
+//! The parameters of an adapter, visited by their names on disk.
+//!
+//! A visitor and not a map: an adapter owns its tensors as fields, which the maths reads, and names them only here.
+
 use tch::Tensor;
 
 /// Called with the on-disk name and the value of each tensor.

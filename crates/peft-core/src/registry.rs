@@ -1,3 +1,8 @@
+//! Configurations of methods, and which method a file means.
+//!
+//! The registry is a list that a program writes down, not one that the linker gathers: whoever reads the program sees
+//! what it can load.
+
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};

@@ -1,3 +1,8 @@
+//! An adapter folder: `adapter_config.json` and `adapter_model.safetensors`, as Python's `peft` writes them.
+//!
+//! Loading is strict. Python warns about a key that is missing and leaves that factor as it was initialised, so half an
+//! adapter is at work and nobody knows; here that is an error.
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},

@@ -1,3 +1,8 @@
+//! A configured method, and what it is told of a model before it may touch it.
+//!
+//! Injection has three steps, so that an error leaves nothing half done: `resolve` (fill in what only the model
+//! knows), `wants` (asked of every place), `attach` (only where wanted).
+
 use std::fmt;
 
 use serde_json::Value;

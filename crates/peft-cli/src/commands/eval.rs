@@ -1,12 +1,190 @@
-//! `peft eval`.
+//! `peft eval`: loss and perplexity for each file, with the adapters and without.
+
+use std::path::PathBuf;
 
 use anyhow::Result;
+use comfy_table::{CellAlignment, Table, presets};
+use console::style;
+use indicatif::{ProgressBar, ProgressStyle};
+use peft::{
+    Ctx, Decoder, ModelExt,
+    data::{Batch, Options},
+    train::{Evaluation, Rows, evaluate, next_token_loss},
+};
+
+use super::train::{cache_dir, format, load, positions};
+use crate::{
+    args::{Compute, kind_name},
+    sources::SourceArgs,
+    terminal::grouped,
+};
 
 /// Flags of `peft eval`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {}
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    source: SourceArgs,
+    /// Rows to measure on: .jsonl, .json or .txt; several files may be given
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    data: Vec<PathBuf>,
+    /// Format of the rows [default: found out]
+    #[arg(long, value_name = "FORMAT")]
+    format: Option<String>,
+    /// Tokens after which a row is cut [default: what the model takes, at most 1024]
+    #[arg(long, value_name = "N")]
+    max_length: Option<usize>,
+    /// Measure the prompts, too
+    #[arg(long)]
+    train_on_prompt: bool,
+    /// Rows that are computed at once
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    batch_size: u16,
+    /// A JSON object a line instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    compute: Compute,
+}
 
-/// Runs `peft eval`.
-pub(crate) fn run(_args: Args) -> Result<()> {
-    Err(crate::error::usage("`peft eval` is being written"))
+const EXAMPLES: &str = "\
+Examples:
+  peft eval RUN --data test.jsonl
+  peft eval --model MODEL --data a.jsonl b.txt";
+
+/// Measures.
+pub(crate) fn run(args: Args) -> Result<()> {
+    let sources = args.source.find()?;
+    let tokenizer = sources.tokenizer()?;
+    let place = args.compute.place()?;
+    let usual =
+        || Ok::<_, anyhow::Error>(positions(&sources.base)?.map_or(1024, |most| most.min(1024)));
+    let options = Options {
+        format: format(args.format.as_deref())?,
+        max_length: args.max_length.map_or_else(usual, Ok)?,
+        train_on_prompt: args.train_on_prompt,
+        cache_dir: cache_dir(),
+        ..Options::default()
+    };
+    let data = load(&args.data, &tokenizer, &options)?;
+    let mut model = sources.load_at(place)?;
+    let adapters: Vec<String> = model.adapters().into_iter().map(|(name, _)| name).collect();
+    if !args.json {
+        let with = if adapters.is_empty() {
+            String::new()
+        } else {
+            format!(", adapters {}", adapters.join(", "))
+        };
+        println!(
+            "{} in {} ({}){with}",
+            style(&sources.model).bold(),
+            kind_name(place.kind),
+            place.why
+        );
+        data.report()
+            .warnings()
+            .iter()
+            .for_each(|text| println!("{} {text}", style("warning").yellow().bold()));
+    }
+
+    let mut lines: Vec<(String, Evaluation, Option<Evaluation>)> = Vec::new();
+    for (at, file) in data.files().iter().enumerate() {
+        let rows = (0..data.len())
+            .filter(|row| data.file_of(*row) == Some(at))
+            .collect();
+        let rows = Rows::new(&data, rows, tokenizer.pad_id())
+            .map_err(|error| anyhow::anyhow!("{}: {error}", file.path.display()))?;
+        let size = usize::from(args.batch_size);
+        let on = measure(&*model, &rows, size)?;
+        let off = match adapters.is_empty() {
+            true => None,
+            false => {
+                adapters
+                    .iter()
+                    .try_for_each(|name| model.switch(name, false))?;
+                let off = measure(&*model, &rows, size)?;
+                adapters
+                    .iter()
+                    .try_for_each(|name| model.switch(name, true))?;
+                Some(off)
+            }
+        };
+        lines.push((file.path.display().to_string(), on, off));
+    }
+    if lines.len() > 1 {
+        let sum = |of: &dyn Fn(&(String, Evaluation, Option<Evaluation>)) -> Option<Evaluation>| {
+            let all = lines.iter().filter_map(of);
+            all.reduce(|a, b| Evaluation {
+                sum: a.sum + b.sum,
+                labels: a.labels + b.labels,
+            })
+        };
+        if let Some(on) = sum(&|line| Some(line.1)) {
+            let off = sum(&|line| line.2);
+            lines.push(("all".into(), on, off));
+        }
+    }
+    match args.json {
+        true => lines.iter().for_each(|line| println!("{}", json(line))),
+        false => println!("{}", table(&lines)),
+    }
+    Ok(())
+}
+
+fn measure(model: &dyn Decoder, rows: &Rows<'_>, size: usize) -> Result<Evaluation> {
+    let bar = ProgressBar::new(0); // hidden where there is no terminal
+    if let Ok(look) =
+        ProgressStyle::with_template("measuring {bar:24.cyan/dim} {pos}/{len} {eta} left")
+    {
+        bar.set_style(look.progress_chars("━━─"));
+    }
+    let mut loss = |batch: &Batch| next_token_loss(model, batch, Ctx::EVAL);
+    let result = evaluate(&mut loss, rows, size, &mut |done, of| {
+        bar.set_length(of as u64);
+        bar.set_position(done as u64);
+    });
+    bar.finish_and_clear();
+    Ok(result?)
+}
+
+fn json((file, on, off): &(String, Evaluation, Option<Evaluation>)) -> serde_json::Value {
+    let figures =
+        |it: &Evaluation| serde_json::json!({"loss": it.loss(), "perplexity": it.perplexity()});
+    serde_json::json!({
+        "file": file,
+        "tokens": on.labels,
+        "loss": on.loss(),
+        "perplexity": on.perplexity(),
+        "without_adapter": off.as_ref().map(figures),
+    })
+}
+
+fn table(lines: &[(String, Evaluation, Option<Evaluation>)]) -> Table {
+    let both = lines.iter().any(|line| line.2.is_some());
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    let mut head = vec!["file", "tokens", "loss", "perplexity"];
+    if both {
+        head.extend(["loss without adapter", "perplexity without"]);
+    }
+    table.set_header(head);
+    for (file, on, off) in lines {
+        let mut cells = vec![
+            file.clone(),
+            grouped(i64::try_from(on.labels).unwrap_or(i64::MAX)),
+            format!("{:.4}", on.loss()),
+            format!("{:.2}", on.perplexity()),
+        ];
+        if let Some(off) = off {
+            cells.extend([
+                format!("{:.4}", off.loss()),
+                format!("{:.2}", off.perplexity()),
+            ]);
+        }
+        table.add_row(cells);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
 }

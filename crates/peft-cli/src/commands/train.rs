@@ -1,12 +1,926 @@
-//! `peft train`.
+//! `peft train`: from a model and a file of rows to an adapter, with everything said on the way.
+//!
+//! ```text
+//! resolve settings ─► data ─► model + method ─► overview ─► answers ─► train ─► answers ─► what next
+//! ```
+//!
+//! Nothing is written before the overview, and `--dry-run` ends there. The loop
+//! is `peft_train::train`; here is only what a person gives and sees.
 
-use anyhow::Result;
+mod recipe;
+pub(crate) mod screen;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use console::style;
+use indicatif::{ProgressBar, ProgressStyle};
+use peft::{
+    Ctx, Decoder, ModelExt, Sampling, Tokenizer, Tuner,
+    data::{Dataset, Format, Message, Options, pieces, prepare, split},
+    models::{Source, parameters},
+    torch::memory,
+    train::{
+        CausalLm, Checkpoint, Data, Ending, Rows, Run, RunInfo, Status, Summary, next_token_loss,
+    },
+};
+use serde_json::Value;
+use tch::Device;
+
+use self::recipe::{Method, Plan, Validation};
+use self::screen::{Screen, duration, paint, row};
+use crate::{
+    answer::{answers, conversation},
+    args::{Compute, Placement, kind_name},
+    error::usage,
+    sources::{BaseArgs, Sources},
+    terminal::{bytes, grouped},
+};
 
 /// Flags of `peft train`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Args {}
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// Settings in YAML; flags go before them
+    #[arg(value_name = "CONFIG.yaml")]
+    config: Option<PathBuf>,
+    /// The base: a model folder, a hub id or a .gguf file
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// Rows to train on: .jsonl, .json or .txt; several files may be given
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    data: Vec<PathBuf>,
+    /// The run folder, which must not exist [default: runs/NAME-OF-MODEL]
+    #[arg(long, value_name = "RUN")]
+    out: Option<PathBuf>,
+    /// Go on with an interrupted run, with the settings it began with
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["config", "model", "data", "out", "overwrite", "set"])]
+    resume: Option<PathBuf>,
+    /// Remove an earlier run in the run folder
+    #[arg(long)]
+    overwrite: bool,
+    /// Print everything as it would be, and stop
+    #[arg(long)]
+    dry_run: bool,
+    /// Any setting by its name, the value in YAML: --set r=32 --set target_modules=[q_proj,v_proj]
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
 
-/// Runs `peft train`.
-pub(crate) fn run(_args: Args) -> Result<()> {
-    Err(crate::error::usage("`peft train` is being written"))
+    /// The method
+    #[arg(long, value_name = "METHOD", help_heading = "Method")]
+    method: Option<Method>,
+    /// Rank of LoRA [default: 16]
+    #[arg(long, short, value_name = "N", help_heading = "Method")]
+    r: Option<u32>,
+    /// α of LoRA; the update is scaled by α / r [default: 32]
+    #[arg(long, value_name = "X", help_heading = "Method")]
+    lora_alpha: Option<f64>,
+    /// Layers: `all-linear`, one expression, or names with commas between [default: all-linear]
+    #[arg(long, value_name = "NAMES", help_heading = "Method")]
+    target_modules: Option<String>,
+
+    /// What is held out: a part (0.1), a number of rows, or a file [default: 0.1]
+    #[arg(long, value_name = "WHAT", help_heading = "Data")]
+    validation: Option<String>,
+    /// Format of the rows [default: found out]
+    #[arg(long, value_name = "FORMAT", help_heading = "Data")]
+    format: Option<String>,
+    /// Tokens after which a row is cut [default: what the model takes, at most 1024]
+    #[arg(long, value_name = "N", help_heading = "Data")]
+    max_length: Option<usize>,
+    /// Learn the prompts, too
+    #[arg(long, help_heading = "Data")]
+    train_on_prompt: bool,
+    /// Where tokenised data is kept [default: the user's cache folder]
+    #[arg(long, value_name = "DIR", help_heading = "Data")]
+    cache_dir: Option<PathBuf>,
+    /// A question that is answered before and after; may be given several times
+    #[arg(long, value_name = "TEXT", help_heading = "Data")]
+    prompt: Vec<String>,
+    /// A file of such questions, one a line
+    #[arg(long, value_name = "FILE", help_heading = "Data")]
+    prompts: Option<PathBuf>,
+
+    /// Peak of the learning rate [default: 2e-4]
+    #[arg(
+        long,
+        value_name = "X",
+        help_heading = "Training",
+        allow_negative_numbers = true
+    )]
+    learning_rate: Option<f64>,
+    /// How it moves: linear, cosine, constant, … [default: cosine]
+    #[arg(long, value_name = "NAME", help_heading = "Training")]
+    lr_scheduler_type: Option<String>,
+    /// Steps over which it rises; below 1, that part of all [default: 0.03]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    warmup_steps: Option<f64>,
+    /// How often all rows are seen [default: 3]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    epochs: Option<f64>,
+    /// Stop after so many steps; -1: go by epochs
+    #[arg(
+        long,
+        value_name = "N",
+        help_heading = "Training",
+        allow_negative_numbers = true
+    )]
+    max_steps: Option<i64>,
+    /// Rows that are held in memory at once [default: 8]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    batch_size: Option<usize>,
+    /// Batches that make one step [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    gradient_accumulation_steps: Option<usize>,
+    /// λ of AdamW [default: 0]
+    #[arg(long, value_name = "X", help_heading = "Training")]
+    weight_decay: Option<f64>,
+    /// Steps between evaluations [default: a fifth of the run]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    eval_steps: Option<usize>,
+    /// Steps between checkpoints; 0: only when interrupted [default: 100]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    save_steps: Option<usize>,
+    /// Stop after so many evaluations without a better one
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    early_stopping_patience: Option<usize>,
+    /// Put rows of like length together
+    #[arg(long, help_heading = "Training")]
+    group_by_length: bool,
+    /// Of everything random [default: 42]
+    #[arg(long, value_name = "N", help_heading = "Training")]
+    seed: Option<u64>,
+
+    /// cpu, cuda, cuda:N, or auto: a GPU where there is one [default: auto]
+    #[arg(long, value_name = "DEVICE", help_heading = "Computing")]
+    device: Option<String>,
+    /// Number format of the base: auto, fp32, bf16, fp16 [default: auto]
+    #[arg(long, value_name = "DTYPE", help_heading = "Computing")]
+    dtype: Option<String>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  peft train --model MODEL --data rows.jsonl --out RUN
+  peft train --model MODEL --data rows.jsonl --prompt 'Who are you?' --epochs 2 --set use_dora=true
+  peft train RUN/config.yaml --learning-rate 1e-4 --out RUN2
+  peft train --resume RUN";
+
+/// The name of the adapter in the model.
+const NAME: &str = "default";
+
+/// Tokens after which a row is cut where nothing is said.
+const USUAL_LENGTH: usize = 1024;
+
+/// Trains.
+pub(crate) fn run(args: Args) -> Result<()> {
+    let plan = args.plan()?;
+    plan.settings.check().map_err(usage)?;
+    let sources = BaseArgs {
+        model: Some(plan.recipe.model.clone()),
+        adapter: Vec::new(),
+    }
+    .find()?;
+    let tuner = plan.tuner(&plan.recipe.model)?;
+    let tokenizer = sources.tokenizer()?;
+    let place = placement(&plan)?;
+    let rows = Loaded::read(&plan, &sources, &tokenizer)?;
+    let data = rows.data(&plan, &tokenizer)?;
+
+    let mut model = sources.load_at(place)?;
+    let all = parameters(&mut *model);
+    tch::manual_seed(plan.settings.seed as i64); // the values that the adapter begins with
+    model.inject(NAME, &*tuner).map_err(of_method)?;
+
+    let run = match &args.resume {
+        Some(dir) => Run::open(dir)?,
+        None => Run::at(&args.folder(&plan)),
+    };
+    overview(&plan, &run, &rows, &data, place, &mut *model, all)?;
+    first_row(&tokenizer, &data)?;
+    forecast(&plan, &data, &*model)?;
+    if args.dry_run {
+        println!(
+            "\n{}\n\n{}",
+            style("Every setting, as it would be used:").bold(),
+            plan.to_yaml()?
+        );
+        return Ok(());
+    }
+    let from = match &args.resume {
+        Some(_) => Some(resumable(&run)?),
+        None => {
+            Run::create(run.dir(), args.overwrite).map_err(|error| {
+                anyhow::Error::from(error).context("`--out` names the run folder")
+            })?;
+            None
+        }
+    };
+    begin(&run, &plan, &sources, &tokenizer, &*tuner, place)?;
+    let before = ask("before", &plan, &*model, &tokenizer)?;
+
+    println!();
+    let stop = stop_on_ctrl_c()?;
+    let mut screen = Screen::new(stop);
+    let mut objective = CausalLm {
+        model: &mut *model,
+        name: NAME,
+        tuner: &*tuner,
+    };
+    let result = peft::train::train(
+        &mut objective,
+        &plan.settings,
+        &data,
+        &run,
+        from,
+        &mut screen,
+    );
+    screen.end();
+    let summary = match result {
+        Ok(summary) => summary,
+        Err(error) => {
+            note(&run, Status::Failed, None)?;
+            return Err(error.into());
+        }
+    };
+    let status = match summary.ending {
+        Ending::Interrupted => Status::Interrupted,
+        Ending::Done | Ending::EarlyStopped => Status::Finished,
+    };
+    note(&run, status, Some(&summary))?;
+    if status == Status::Interrupted {
+        println!(
+            "\n{} after step {} of {}; go on with",
+            style("Interrupted").yellow().bold(),
+            summary.steps,
+            summary.planned
+        );
+        println!("  peft train --resume {}", run.dir().display());
+        return Ok(());
+    }
+    if !before.is_empty() {
+        ask("after", &plan, &*model, &tokenizer)?;
+    }
+    outcome(&run, &plan, &summary);
+    Ok(())
+}
+
+impl Args {
+    /// Defaults, then the file, then `--set`, then flags.
+    fn plan(&self) -> Result<Plan> {
+        let mut plan = match (&self.resume, &self.config) {
+            (Some(run), _) => Plan::read(&Run::open(run)?.config())?,
+            (None, Some(path)) => Plan::read(path)?,
+            (None, None) => Plan::default(),
+        };
+        for text in &self.set {
+            plan.set_text(text)?;
+        }
+        for (key, value) in self.flags()? {
+            plan.set(key, value)?;
+        }
+        let recipe = &mut plan.recipe;
+        if recipe.model.is_empty() {
+            return Err(usage("no model: name one with `--model`"));
+        }
+        if recipe.data.is_empty() {
+            return Err(usage("no data: name a file with `--data`"));
+        }
+        // What is found from here must be found from elsewhere, too.
+        let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        if Path::new(&recipe.model).exists() {
+            recipe.model = whole(Path::new(&recipe.model))
+                .to_string_lossy()
+                .into_owned();
+        }
+        recipe.data.iter_mut().for_each(|path| *path = whole(path));
+        if let Validation::Files(files) = &mut recipe.validation {
+            files.iter_mut().for_each(|path| *path = whole(path));
+        }
+        Ok(plan)
+    }
+
+    /// The flags that were given, by the names of their settings.
+    fn flags(&self) -> Result<Vec<(&'static str, Value)>> {
+        let mut given: Vec<(&'static str, Value)> = Vec::new();
+        let mut add = |key, value: Option<Value>| given.extend(value.map(|value| (key, value)));
+        let texts = |paths: &[PathBuf]| {
+            let texts: Vec<Value> = paths.iter().map(|it| it.to_string_lossy().into()).collect();
+            (!texts.is_empty()).then_some(Value::Array(texts))
+        };
+        add("model", self.model.clone().map(Value::from));
+        add("data", texts(&self.data));
+        add("method", self.method.map(serde_json::to_value).transpose()?);
+        add("r", self.r.map(Value::from));
+        add("lora_alpha", self.lora_alpha.map(Value::from));
+        add("target_modules", self.target_modules.as_deref().map(names));
+        add("validation", self.validation.as_deref().map(held_out));
+        add("format", self.format.clone().map(Value::from));
+        add("max_length", self.max_length.map(Value::from));
+        add(
+            "train_on_prompt",
+            self.train_on_prompt.then_some(true.into()),
+        );
+        add(
+            "cache_dir",
+            self.cache_dir
+                .as_ref()
+                .map(|it| it.to_string_lossy().into()),
+        );
+        add("prompts", self.questions()?);
+        add("learning_rate", self.learning_rate.map(Value::from));
+        add(
+            "lr_scheduler_type",
+            self.lr_scheduler_type.clone().map(Value::from),
+        );
+        add("warmup_steps", self.warmup_steps.map(Value::from));
+        add("num_train_epochs", self.epochs.map(Value::from));
+        add("max_steps", self.max_steps.map(Value::from));
+        add(
+            "per_device_train_batch_size",
+            self.batch_size.map(Value::from),
+        );
+        add(
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps.map(Value::from),
+        );
+        add("weight_decay", self.weight_decay.map(Value::from));
+        add("eval_steps", self.eval_steps.map(Value::from));
+        add("save_steps", self.save_steps.map(Value::from));
+        add(
+            "early_stopping_patience",
+            self.early_stopping_patience.map(Value::from),
+        );
+        add(
+            "group_by_length",
+            self.group_by_length.then_some(true.into()),
+        );
+        add("seed", self.seed.map(Value::from));
+        add("device", self.device.clone().map(Value::from));
+        add("dtype", self.dtype.clone().map(Value::from));
+        Ok(given)
+    }
+
+    /// The questions of `--prompt` and `--prompts`.
+    fn questions(&self) -> Result<Option<Value>> {
+        let mut all = self.prompt.clone();
+        if let Some(path) = &self.prompts {
+            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+            all.extend(
+                text.lines()
+                    .filter(|line| !line.trim().is_empty())
+                    .map(str::to_owned),
+            );
+        }
+        Ok((!all.is_empty()).then_some(all.into()))
+    }
+
+    fn folder(&self, plan: &Plan) -> PathBuf {
+        let model = Path::new(&plan.recipe.model);
+        let name = model.file_stem().unwrap_or(model.as_os_str());
+        self.out
+            .clone()
+            .unwrap_or_else(|| Path::new("runs").join(name))
+    }
+}
+
+/// `q_proj,v_proj` as a list; one word or expression as it is.
+fn names(text: &str) -> Value {
+    let plain = text
+        .chars()
+        .all(|c| c.is_alphanumeric() || "_.,- ".contains(c));
+    match plain && (text.contains(',') || text != "all-linear") {
+        true => text
+            .split(',')
+            .map(|name| Value::from(name.trim()))
+            .collect(),
+        false => text.into(),
+    }
+}
+
+/// `0.1`, `20` or a file.
+fn held_out(text: &str) -> Value {
+    let rows = text.parse::<usize>().map(Value::from);
+    rows.or_else(|_| text.parse::<f64>().map(Value::from))
+        .unwrap_or_else(|_| text.into())
+}
+
+fn placement(plan: &Plan) -> Result<Placement> {
+    #[derive(Debug, Parser)]
+    struct Words {
+        #[command(flatten)]
+        compute: Compute,
+    }
+    let words = [
+        "peft",
+        "--device",
+        &plan.recipe.device,
+        "--dtype",
+        &plan.recipe.dtype,
+    ];
+    let words = Words::try_parse_from(words).map_err(|error| {
+        let text = error.to_string();
+        let first = text.lines().next().unwrap_or_default();
+        usage(first.trim_start_matches("error: "))
+    })?;
+    words.compute.place()
+}
+
+/// A mistake in the method's settings is one of usage.
+fn of_method(error: peft::Error) -> anyhow::Error {
+    match error {
+        peft::Error::Config { .. }
+        | peft::Error::Unsupported { .. }
+        | peft::Error::NoTarget { .. } => usage(error),
+        error => error.into(),
+    }
+}
+
+/// The data sets of a run.
+struct Loaded {
+    data: Dataset,
+    /// Of files of its own.
+    held_out: Option<Dataset>,
+    max_length: usize,
+}
+
+impl Loaded {
+    fn read(plan: &Plan, sources: &Sources, tokenizer: &Tokenizer) -> Result<Loaded> {
+        let recipe = &plan.recipe;
+        let max_length = match recipe.max_length {
+            Some(length) => length,
+            None => positions(&sources.base)?.map_or(USUAL_LENGTH, |most| most.min(USUAL_LENGTH)),
+        };
+        let options = Options {
+            format: format(recipe.format.as_deref())?,
+            max_length,
+            train_on_prompt: recipe.train_on_prompt,
+            cache_dir: recipe.cache_dir.clone().or_else(cache_dir),
+            ..Options::default()
+        };
+        let held_out = match &recipe.validation {
+            Validation::Files(files) => Some(load(files, tokenizer, &options)?),
+            _ => None,
+        };
+        Ok(Loaded {
+            data: load(&recipe.data, tokenizer, &options)?,
+            held_out,
+            max_length,
+        })
+    }
+
+    /// What is trained on and what is held out.
+    fn data(&self, plan: &Plan, tokenizer: &Tokenizer) -> Result<Data<'_>> {
+        let pad = tokenizer.pad_id();
+        let all = self.data.len();
+        let (train, held_out) = match (&self.held_out, plan.recipe.validation.holdout()) {
+            (Some(other), _) => {
+                let rows = Rows::new(other, (0..other.len()).collect(), pad);
+                (
+                    (0..all).collect(),
+                    Some(rows.context("the held-out files")?),
+                )
+            }
+            (None, Some(holdout)) => {
+                let (train, held_out) = split(all, holdout, plan.settings.seed)
+                    .map_err(|error| usage(format!("`validation`: {error}")))?;
+                let rows = match held_out.is_empty() {
+                    true => None,
+                    false => {
+                        Some(Rows::new(&self.data, held_out, pad).context("the held-out rows")?)
+                    }
+                };
+                (train, rows)
+            }
+            (None, None) => ((0..all).collect(), None),
+        };
+        let train = Rows::new(&self.data, train, pad).context("the rows to train on")?;
+        Ok(Data { train, held_out })
+    }
+}
+
+/// The most positions that a model was made for.
+pub(crate) fn positions(base: &Source) -> Result<Option<usize>> {
+    let config = base.config()?;
+    let keys = ["max_position_embeddings", "n_positions"];
+    let most = keys.iter().find_map(|key| config.get(key)?.as_u64());
+    Ok(most.and_then(|most| usize::try_from(most).ok()))
+}
+
+/// A format by its name; an unknown one names the nearest.
+pub(crate) fn format(name: Option<&str>) -> Result<Option<Format>> {
+    name.map(|name| name.parse().map_err(usage)).transpose()
+}
+
+/// Reads and tokenises files, with a bar where there is a terminal.
+pub(crate) fn load(files: &[PathBuf], tokenizer: &Tokenizer, options: &Options) -> Result<Dataset> {
+    let bar = ProgressBar::new(0); // hidden where there is no terminal
+    if let Ok(look) =
+        ProgressStyle::with_template("reading {bar:24.cyan/dim} {bytes}/{total_bytes} {msg}")
+    {
+        bar.set_style(look.progress_chars("━━─"));
+    }
+    let data = prepare(files, tokenizer, options, &|progress| {
+        bar.set_length(progress.total_bytes as u64);
+        bar.set_position(progress.bytes as u64);
+        bar.set_message(format!("{} rows", grouped(progress.rows as i64)));
+    });
+    bar.finish_and_clear();
+    data.map_err(|error| match error {
+        peft::data::Error::Option(_) => usage(error),
+        error => error.into(),
+    })
+}
+
+/// Where tokenised data is kept between runs.
+pub(crate) fn cache_dir() -> Option<PathBuf> {
+    let named = |name| {
+        std::env::var_os(name)
+            .filter(|it| !it.is_empty())
+            .map(PathBuf::from)
+    };
+    let user = named("XDG_CACHE_HOME").or_else(|| named("HOME").map(|home| home.join(".cache")))?;
+    Some(user.join("peft").join("data"))
+}
+
+/// Everything that was resolved.
+fn overview(
+    plan: &Plan,
+    run: &Run,
+    rows: &Loaded,
+    data: &Data<'_>,
+    place: Placement,
+    model: &mut dyn Decoder,
+    all: i64,
+) -> Result<()> {
+    println!(
+        "{}",
+        style(format!("Train {}", run.dir().display()))
+            .bold()
+            .underlined()
+    );
+    let kind = model.spec().model_type;
+    let device = match place.device {
+        Device::Cuda(i) => format!("cuda:{i}"),
+        _ => format!("cpu, {} threads", tch::get_num_threads()),
+    };
+    row(
+        "model",
+        format!(
+            "{} · {kind} · {} parameters",
+            plan.recipe.model,
+            grouped(all)
+        ),
+    );
+    row(
+        "computes",
+        format!("in {} on {device} ({})", kind_name(place.kind), place.why),
+    );
+    describe("data", &rows.data, rows.max_length);
+    if let Some(held_out) = &rows.held_out {
+        describe("held out", held_out, rows.max_length);
+    } else if let Some(held_out) = &data.held_out {
+        row(
+            "held out",
+            format!("{} of these rows", grouped(held_out.len() as i64)),
+        );
+    } else {
+        row("held out", "nothing: no evaluation, no best adapter");
+    }
+    let trained = model.trainable(NAME);
+    let places: std::collections::BTreeSet<&str> =
+        trained.iter().map(|it| it.at.as_str()).collect();
+    row(
+        "method",
+        format!(
+            "{} on {} layers · {}",
+            method_name(plan),
+            places.len(),
+            method_line(plan)
+        ),
+    );
+    let trainable: i64 = trained.iter().map(|it| it.tensor.numel() as i64).sum();
+    println!("  {}", trainable_line(trainable, all));
+    let settings = &plan.settings;
+    let batches = data.train.plan(settings)?.batches_per_epoch();
+    let total = settings.total_steps(batches);
+    let size = settings.per_device_train_batch_size * settings.gradient_accumulation_steps;
+    let epochs = total as f64 / settings.steps_per_epoch(batches) as f64;
+    row(
+        "steps",
+        format!(
+            "{} of {size} rows · {epochs:.2} epochs · evaluated every {}",
+            grouped(total as i64),
+            settings.evaluate_every(total)
+        ),
+    );
+    let schedule = serde_json::to_value(settings.lr_scheduler_type)?;
+    row(
+        "rate",
+        format!(
+            "{:e}, {}, rising for {} steps · seed {}",
+            settings.learning_rate,
+            schedule.as_str().unwrap_or_default(),
+            settings.warmup(total),
+            settings.seed
+        ),
+    );
+    if settings.learning_rate > 5e-3 {
+        warn(&format!(
+            "a learning rate of {} is high: LoRA usually learns with 1e-4 to 5e-4",
+            settings.learning_rate
+        ));
+    }
+    Ok(())
+}
+
+/// A data set on a line, and what there is to say about it.
+pub(crate) fn describe(name: &str, data: &Dataset, max_length: usize) {
+    let report = data.report();
+    for file in data.files() {
+        let rows = grouped(file.rows as i64);
+        row(
+            name,
+            format!(
+                "{} · {rows} rows, format {}",
+                file.path.display(),
+                file.format
+            ),
+        );
+    }
+    let count = |n: usize| grouped(n as i64);
+    let template = if report.chat_template {
+        " · through the chat template"
+    } else {
+        ""
+    };
+    row(
+        "",
+        format!(
+            "{} tokens, {} of them learnt · longest {}, {} cut at {}{template}",
+            count(report.tokens),
+            count(report.trained_tokens),
+            count(report.longest),
+            count(report.truncated),
+            count(max_length),
+        ),
+    );
+    report.warnings().iter().for_each(|text| warn(text));
+}
+
+fn warn(text: &str) {
+    println!("  {} {text}", style("warning").yellow().bold());
+}
+
+fn method_name(plan: &Plan) -> &'static str {
+    match plan.recipe.method {
+        Method::Lora => "LoRA",
+    }
+}
+
+fn method_line(plan: &Plan) -> String {
+    let settings = plan
+        .recipe
+        .lora
+        .iter()
+        .filter(|(_, value)| !value.is_null());
+    let text = |value: &Value| {
+        value
+            .as_str()
+            .map_or_else(|| value.to_string(), str::to_owned)
+    };
+    settings
+        .map(|(key, value)| format!("{key} {}", text(value)))
+        .collect::<Vec<_>>()
+        .join(" · ")
+}
+
+/// As Python's `print_trainable_parameters` says it; all are the base's and the adapter's.
+fn trainable_line(trainable: i64, base: i64) -> String {
+    let all = base + trainable;
+    let part = 100.0 * trainable as f64 / all.max(1) as f64;
+    format!(
+        "trainable params: {} || all params: {} || trainable%: {part:.4}",
+        grouped(trainable),
+        grouped(all)
+    )
+}
+
+/// The first row of the first batch, as the model will see it.
+fn first_row(tokenizer: &Tokenizer, data: &Data<'_>) -> Result<()> {
+    let marks = match console::colors_enabled() {
+        true => "what is green is learnt",
+        false => "what is between ⟦ and ⟧ is learnt",
+    };
+    println!(
+        "\n{} ({marks})",
+        style("The first row as the model sees it").bold()
+    );
+    let Some(row) = data.train.first() else {
+        return Ok(());
+    };
+    let text = paint(&pieces(tokenizer, row)?, "");
+    for line in text.trim_end().lines().take(FIRST_LINES) {
+        println!("  {line}");
+    }
+    if text.trim_end().lines().count() > FIRST_LINES {
+        println!("  {}", style("… (`peft data` shows all of it)").dim());
+    }
+    Ok(())
+}
+
+/// Lines of the first row that are shown.
+const FIRST_LINES: usize = 24;
+
+/// Times a forward pass, and says how long the run may take.
+fn forecast(plan: &Plan, data: &Data<'_>, model: &dyn Decoder) -> Result<()> {
+    let settings = &plan.settings;
+    let order = data.train.plan(settings)?;
+    let Some(rows) = order.epoch(0).into_iter().next() else {
+        return Ok(());
+    };
+    let batch = data.train.batch(&rows);
+    let _off = tch::no_grad_guard();
+    let mut time = Duration::ZERO;
+    for _ in 0..2 {
+        let begun = Instant::now(); // the first pass reads the weights from the disk
+        let _ = f64::try_from(next_token_loss(model, &batch, Ctx::EVAL)?.0)?;
+        time = begun.elapsed();
+    }
+    // A backward pass through a frozen base costs about as much as the forward pass, and a little more.
+    let batches =
+        settings.total_steps(order.batches_per_epoch()) * settings.gradient_accumulation_steps;
+    let guess = time.mul_f64(2.5) * u32::try_from(batches).unwrap_or(u32::MAX);
+    let memory = memory::usage(model.device()).map(|it| format!(" · {} in use", bytes(it.now)));
+    println!();
+    row(
+        "takes",
+        format!("about {}{}", duration(guess), memory.unwrap_or_default()),
+    );
+    Ok(())
+}
+
+/// Writes what later commands need before anything else happens.
+fn begin(
+    run: &Run,
+    plan: &Plan,
+    sources: &Sources,
+    tokenizer: &Tokenizer,
+    tuner: &dyn Tuner,
+    place: Placement,
+) -> Result<()> {
+    peft::core::files::write_text(&run.config(), &plan.to_yaml()?)?;
+    tokenizer.save(run.dir())?;
+    if let Some(path) = sources.generation_config() {
+        let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        peft::core::files::write_text(&run.dir().join("generation_config.json"), &text)?;
+    }
+    let versions = BTreeMap::from([
+        ("peft".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+        ("libtorch".to_owned(), "2.11.0".to_owned()),
+    ]);
+    Ok(run.set_info(&RunInfo {
+        status: Status::Running,
+        base_model: plan.recipe.model.clone(),
+        dtype: kind_name(place.kind).to_owned(),
+        method: tuner.peft_type().to_owned(),
+        versions,
+        summary: None,
+        more: serde_json::Map::new(),
+    })?)
+}
+
+/// Notes how a run ended.
+fn note(run: &Run, status: Status, summary: Option<&Summary>) -> Result<()> {
+    let info = run.info()?;
+    let summary = summary.cloned();
+    Ok(run.set_info(&RunInfo {
+        status,
+        summary,
+        ..info
+    })?)
+}
+
+fn resumable(run: &Run) -> Result<Checkpoint> {
+    let path = run.checkpoint();
+    if run.info()?.status == Status::Finished {
+        return Err(usage(format!(
+            "the run `{}` is finished, there is nothing to resume",
+            run.dir().display()
+        )));
+    }
+    if !path.exists() {
+        let dir = run.dir().display();
+        anyhow::bail!(
+            "the run `{dir}` was not saved before it ended; begin it anew with `peft train {dir}/config.yaml --out {dir} --overwrite`"
+        );
+    }
+    Ok(Checkpoint::load(&path)?)
+}
+
+/// Answers the questions of the plan, greedily.
+fn ask(when: &str, plan: &Plan, model: &dyn Decoder, tokenizer: &Tokenizer) -> Result<Vec<String>> {
+    let questions = &plan.recipe.prompts;
+    if questions.is_empty() {
+        return Ok(Vec::new());
+    }
+    let ids = |question: &String| match tokenizer.chat_template() {
+        Some(_) => conversation(tokenizer, &[Message::user(question.as_str())]),
+        None => Ok(tokenizer.encode(question, true)?),
+    };
+    let prompts = questions.iter().map(ids).collect::<Result<Vec<_>>>()?;
+    let sampling = Sampling {
+        max_new_tokens: 64,
+        stop_ids: tokenizer.eos_ids().to_vec(),
+        ..Sampling::default()
+    };
+    println!("\n{}", style(format!("Answers {when} training")).bold());
+    let replies = answers(model, tokenizer, &prompts, &sampling, &[])?;
+    for (question, reply) in questions.iter().zip(&replies) {
+        println!("  {} {question}", style(">").dim());
+        reply
+            .text
+            .trim()
+            .lines()
+            .for_each(|line| println!("    {}", style(line).cyan()));
+    }
+    Ok(replies.into_iter().map(|it| it.text).collect())
+}
+
+/// The first Ctrl-C asks the run to stop after its step; the second ends the program.
+fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let set = stop.clone();
+    ctrlc::set_handler(move || {
+        if set.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("\nstopping after this step; once more to stop at once");
+    })
+    .context("listening for Ctrl-C")?;
+    Ok(stop)
+}
+
+/// What came out, where it lies, and what to type next.
+fn outcome(run: &Run, plan: &Plan, summary: &Summary) {
+    let dir = run.dir().display();
+    let time = duration(Duration::from_secs_f64(summary.seconds));
+    println!("\n{}", style("Done").green().bold());
+    let early = if summary.ending == Ending::EarlyStopped {
+        ", stopped early"
+    } else {
+        ""
+    };
+    row(
+        "took",
+        format!(
+            "{time} for {} steps{early} · {} tokens",
+            summary.steps,
+            grouped(summary.tokens as i64)
+        ),
+    );
+    if let (Some(before), Some(after)) = (summary.first_eval, summary.last_eval) {
+        let loss = format!("{before:.4} → {after:.4}");
+        row(
+            "held out",
+            format!(
+                "loss {} · perplexity {:.2} → {:.2}",
+                style(loss).green().bold(),
+                before.exp(),
+                after.exp()
+            ),
+        );
+    }
+    if let Some(best) = summary.best {
+        row(
+            "best",
+            format!(
+                "loss {:.4} after step {} · {}",
+                best.eval_loss,
+                best.step,
+                run.best().display()
+            ),
+        );
+    }
+    if let Some(peak) = summary.peak_memory {
+        row("memory", format!("at most {}", bytes(peak)));
+    }
+    row("adapter", run.adapter().display());
+    row("curve", format!("{} and .svg", run.curve("png").display()));
+    row("log", run.log().display());
+    let file = plan
+        .recipe
+        .data
+        .first()
+        .map(|it| it.display().to_string())
+        .unwrap_or_default();
+    println!("\n{}", style("Next").bold());
+    println!(
+        "  peft chat {dir}\n  peft eval {dir} --data {file}\n  peft merge {dir} --out {dir}-merged"
+    );
 }
