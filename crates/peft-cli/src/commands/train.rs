@@ -424,9 +424,14 @@ fn placement(plan: &Plan) -> Result<Placement> {
         &plan.recipe.dtype,
     ];
     let words = Words::try_parse_from(words).map_err(|error| {
+        // The value and what it can be; usage and hints are those of another command line.
         let text = error.to_string();
-        let first = text.lines().next().unwrap_or_default();
-        usage(first.trim_start_matches("error: "))
+        let said: Vec<&str> = text
+            .lines()
+            .take_while(|line| !line.is_empty())
+            .map(str::trim)
+            .collect();
+        usage(said.join(" ").trim_start_matches("error: "))
     })?;
     words.compute.place()
 }

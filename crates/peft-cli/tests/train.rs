@@ -1,0 +1,261 @@
+//! `peft train`, `data` and `eval` as a person calls them, on a model of twenty thousand parameters.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures")
+}
+
+/// Runs the program in `dir`, which also holds its cache.
+fn peft(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_peft"))
+        .args(args)
+        .args(["--threads", "1"])
+        .current_dir(dir)
+        .env("XDG_CACHE_HOME", dir.join("cache"))
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Standard output of a run that must succeed.
+fn good(dir: &Path, args: &[&str]) -> String {
+    let output = peft(dir, args);
+    assert!(
+        output.status.success(),
+        "{args:?}: {}",
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+/// Exit code and standard error of a run that must fail.
+fn bad(dir: &Path, args: &[&str]) -> (i32, String) {
+    let output = peft(dir, args);
+    assert!(!output.status.success(), "{args:?}");
+    (output.status.code().unwrap(), text(&output.stderr))
+}
+
+struct World {
+    dir: tempfile::TempDir,
+    model: String,
+    data: String,
+}
+
+impl World {
+    fn new() -> World {
+        let rows =
+            std::fs::read_to_string(fixtures().join("data/wordnet_define_sft.jsonl")).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("rows.jsonl");
+        let some: String = rows
+            .lines()
+            .take(40)
+            .map(|line| format!("{line}\n"))
+            .collect();
+        std::fs::write(&data, some).unwrap();
+        World {
+            model: fixtures()
+                .join("models/llama-text")
+                .to_string_lossy()
+                .into_owned(),
+            data: data.to_string_lossy().into_owned(),
+            dir,
+        }
+    }
+
+    fn train<'a>(&'a self, more: &[&'a str]) -> Vec<&'a str> {
+        let usual = [
+            "train",
+            "--model",
+            &self.model,
+            "--data",
+            &self.data,
+            "--dtype",
+            "fp32",
+        ];
+        [&usual, more].concat()
+    }
+
+    fn bits(&self, run: &str) -> Vec<u8> {
+        std::fs::read(
+            self.dir
+                .path()
+                .join(run)
+                .join("adapter/adapter_model.safetensors"),
+        )
+        .unwrap()
+    }
+}
+
+#[test]
+fn a_first_session() {
+    let world = World::new();
+    let dir = world.dir.path();
+    let run = [
+        "--out",
+        "run",
+        "--max-steps",
+        "6",
+        "--batch-size",
+        "4",
+        "--prompt",
+        "Who?",
+    ];
+    let said = good(dir, &world.train(&run));
+    for part in [
+        "trainable params: 8,672 || all params: 30,224 || trainable%: 28.6924",
+        "40 rows, format alpaca",
+        "⟦spontaneous removal",
+        "Answers before training",
+        "Answers after training",
+        "step 6/6",
+        "peft chat run",
+        "peft merge run --out run-merged",
+    ] {
+        assert!(said.contains(part), "`{part}` is not in\n{said}");
+    }
+    for file in [
+        "run.json",
+        "config.yaml",
+        "tokenizer.json",
+        "log.jsonl",
+        "loss.png",
+        "loss.svg",
+        "best/adapter_config.json",
+    ] {
+        assert!(dir.join("run").join(file).is_file(), "{file}");
+    }
+    // The settings can be fed back, and give the same bits; flags go before them.
+    good(dir, &["train", "run/config.yaml", "--out", "again"]);
+    assert_eq!(world.bits("run"), world.bits("again"));
+    let other = good(
+        dir,
+        &[
+            "train",
+            "run/config.yaml",
+            "--out",
+            "other",
+            "--seed",
+            "1",
+            "--set",
+            "r=4",
+        ],
+    );
+    assert!(other.contains("r 4"));
+    assert_ne!(world.bits("run"), world.bits("other"));
+
+    let (code, error) = bad(dir, &world.train(&run));
+    assert!(code == 1 && error.contains("finished run"), "{error}");
+    let (code, error) = bad(dir, &["train", "--resume", "run"]);
+    assert!(code == 2 && error.contains("finished"), "{error}");
+    good(dir, &world.train(&[&run[..], &["--overwrite"]].concat()));
+
+    let table = good(
+        dir,
+        &[
+            "eval",
+            "run",
+            "--data",
+            &world.data,
+            "--dtype",
+            "fp32",
+            "--json",
+        ],
+    );
+    let line: serde_json::Value = serde_json::from_str(&table).unwrap();
+    assert!(line["loss"].as_f64().unwrap() < line["without_adapter"]["loss"].as_f64().unwrap());
+    let shown = good(dir, &["data", "run", "--data", &world.data, "--rows", "1"]);
+    assert!(
+        shown.contains("⟦s│p│on│t") && shown.contains("<|im_end|>⟧"),
+        "{shown}"
+    );
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bits() {
+    let world = World::new();
+    let dir = world.dir.path();
+    let steps = [
+        "--max-steps",
+        "500",
+        "--batch-size",
+        "2",
+        "--save-steps",
+        "25",
+        "--eval-steps",
+        "250",
+    ];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_peft"))
+        .args(world.train(&[&steps[..], &["--out", "run", "--threads", "1"]].concat()))
+        .current_dir(dir)
+        .env("XDG_CACHE_HOME", dir.join("cache"))
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let saved = dir.join("run/checkpoint/state.safetensors");
+    for _ in 0..3000 {
+        if saved.exists() {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(saved.exists());
+    good(dir, &["train", "--resume", "run"]);
+    good(
+        dir,
+        &world.train(&[&steps[..], &["--out", "whole"]].concat()),
+    );
+    assert_eq!(world.bits("run"), world.bits("whole"));
+}
+
+#[test]
+fn mistakes_are_named_and_leave_nothing() {
+    let world = World::new();
+    let dir = world.dir.path();
+    for (args, code, part) in [
+        (&["--set", "lora_alhpa=3"][..], 2, "nearest is `lora_alpha`"),
+        (&["--set", "learning_rate"], 2, "expected KEY=VALUE"),
+        (&["--learning-rate", "-1"], 2, "learning_rate"),
+        (&["--format", "mesages"], 2, "`messages`"),
+        (&["--set", "dtype=fp8"], 2, "bf16"),
+        (&["--validation", "1.5"], 2, "1.5"),
+        (&["--validation", "40"], 2, "40 rows cannot be held out"),
+        (&["--set", "target_modules=[qq_proj]"], 2, "q_proj"),
+        (&["--lr-scheduler-type", "cosin"], 2, "`cosine`"),
+        (&["--set", "r=0"], 2, "rank 0"),
+        (&["--batch-size", "0"], 2, "batch_size"),
+        (&["--max-length", "0"], 2, "max_length"),
+        (&["--format", "messages"], 1, "rows.jsonl"),
+        (&["--validation", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+    ] {
+        let (got, error) = bad(dir, &world.train(&[&["--out", "run"], args].concat()));
+        assert!(error.contains(part), "{args:?}: {error}");
+        assert_eq!(got, code, "{args:?}: {error}");
+        assert!(!dir.join("run").exists(), "{args:?}");
+    }
+    let (code, error) = bad(dir, &["train", "--model", "nowhere", "--data", &world.data]);
+    assert!(code == 1 && error.contains("nowhere"), "{error}");
+    let (code, error) = bad(dir, &["train", "--data", &world.data]);
+    assert!(code == 2 && error.contains("--model"), "{error}");
+}
+
+#[test]
+fn a_dry_run_says_everything_and_writes_nothing() {
+    let world = World::new();
+    let said = good(
+        world.dir.path(),
+        &world.train(&["--out", "run", "--dry-run", "--r", "3"]),
+    );
+    assert!(
+        said.contains("r: 3") && said.contains("adam_beta2: 0.999"),
+        "{said}"
+    );
+    assert!(!world.dir.path().join("run").exists());
+}
