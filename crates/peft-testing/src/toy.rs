@@ -1,0 +1,184 @@
+//! A model small enough to try everything on: one layer of each kind that a method may meet.
+//!
+//! ```text
+//! h = E[ids]                                            embed_tokens
+//! h = h + k(tanh q(norm h))    LayerNorm with a bias     blocks.0.{norm, q_proj, k_proj}
+//! h = h + o(tanh v(norm h))    RMSNorm                   blocks.1.{norm, v_proj, o_proj}
+//! logits = h Hᵀ                                         lm_head
+//! ```
+//!
+//! q has a bias, k is kept transposed, v has no bias, o may lose digits as a quantised layer does.
+
+use peft_core::{
+    Ctx, Dense, Embedding, Linear, LinearOp, Model, Norm, NormKind, Plain, Result, Slot, Spec,
+};
+use tch::{Device, Kind, Tensor};
+
+/// Sizes that are odd and all different.
+pub const VOCAB: i64 = 23;
+const HIDDEN: i64 = 10;
+const INNER: i64 = 13;
+
+/// Which toy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kit {
+    /// The head shares the table of the embedding.
+    pub tied: bool,
+    /// One layer keeps its weight in steps of 1/64.
+    pub lossy: bool,
+}
+
+/// The model.
+#[derive(Debug)]
+pub struct Toy {
+    embed: Embedding,
+    norms: [Norm; 2],
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+    head: Linear,
+    tied: bool,
+}
+
+impl Toy {
+    /// The same weights for the same seed.
+    pub fn new(kit: Kit, seed: i64) -> Toy {
+        tch::manual_seed(seed);
+        let random =
+            |shape: &[i64], size: f64| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * size;
+        let near_one = || random(&[HIDDEN], 0.2) + 1.0;
+        let table = random(&[VOCAB, HIDDEN], 1.0);
+        let layer = |out, inp, bias: bool| {
+            let bias = bias.then(|| random(&[out], 0.5));
+            Dense::new(random(&[out, inp], 0.4), bias)
+        };
+        let norms = [
+            Norm::new(
+                NormKind::Layer,
+                near_one(),
+                Some(random(&[HIDDEN], 0.3)),
+                1e-5,
+            ),
+            Norm::new(NormKind::Rms, near_one(), None, 1e-6),
+        ];
+        let k = Dense::new(
+            random(&[INNER, HIDDEN], 0.4).tr(),
+            Some(random(&[HIDDEN], 0.5)),
+        );
+        let (q, v, o) = (
+            layer(INNER, HIDDEN, true),
+            layer(INNER, HIDDEN, false),
+            layer(HIDDEN, INNER, false),
+        );
+        let head = match kit.tied {
+            true => Dense::new(table.shallow_clone(), None),
+            false => layer(VOCAB, HIDDEN, false),
+        };
+        Toy {
+            embed: Embedding::new(table),
+            norms,
+            q: Linear::new(q),
+            k: Linear::new(k),
+            v: Linear::new(v),
+            o: match kit.lossy {
+                true => Linear::new(Steps::of(o.weight(), None)),
+                false => Linear::new(o),
+            },
+            head: Linear::new(head),
+            tied: kit.tied,
+        }
+    }
+
+    /// ids: `[batch, seq] -> [batch, seq, vocab]`
+    pub fn forward(&self, ids: &Tensor, ctx: Ctx) -> Tensor {
+        let h = self.embed.forward(ids, ctx);
+        let up = self.q.forward(&self.norms[0].forward(&h), ctx).tanh();
+        let h = h + self.k.forward(&up, ctx);
+        let up = self.v.forward(&self.norms[1].forward(&h), ctx).tanh();
+        let h = h + self.o.forward(&up, ctx);
+        self.head.forward(&h, ctx)
+    }
+
+    /// Every tensor of the base, merged or not.
+    pub fn base(&mut self) -> Vec<Tensor> {
+        let mut all = Vec::new();
+        self.slots(&mut |_, slot| match slot {
+            Slot::Linear(it) => {
+                all.push(it.base().weight());
+                all.extend(it.base().bias().map(Tensor::shallow_clone));
+            }
+            Slot::Embedding(it) => all.push(it.weight().shallow_clone()),
+            Slot::Norm(it) => {
+                all.push(it.base().weight.shallow_clone());
+                all.extend(it.base().bias.as_ref().map(Tensor::shallow_clone));
+            }
+            _ => {}
+        });
+        all
+    }
+}
+
+impl Model for Toy {
+    fn spec(&self) -> Spec {
+        Spec {
+            model_type: "llama".to_owned(),
+            hidden: HIDDEN,
+            layers: 2,
+            kv_heads: 1,
+            head_dim: HIDDEN,
+            input_embedding: "embed_tokens".to_owned(),
+            output_embedding: Some("lm_head".to_owned()),
+            tied: self.tied,
+            transposed: true,
+        }
+    }
+
+    fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>)) {
+        let [first, second] = &mut self.norms;
+        visit("embed_tokens", Slot::Embedding(&mut self.embed));
+        visit("blocks.0.norm", Slot::Norm(first));
+        visit("blocks.0.q_proj", Slot::Linear(&mut self.q));
+        visit("blocks.0.k_proj", Slot::Linear(&mut self.k));
+        visit("blocks.1.norm", Slot::Norm(second));
+        visit("blocks.1.v_proj", Slot::Linear(&mut self.v));
+        visit("blocks.1.o_proj", Slot::Linear(&mut self.o));
+        visit("lm_head", Slot::Linear(&mut self.head));
+    }
+}
+
+/// A base that rounds: weights in steps of 1/64.
+#[derive(Debug)]
+struct Steps(Dense);
+
+/// How far a weight can be moved by [`Steps`].
+pub(crate) const HALF_STEP: f64 = 1.0 / 128.0;
+
+impl Steps {
+    fn of(weight: Tensor, bias: Option<Tensor>) -> Steps {
+        let step = 2.0 * HALF_STEP;
+        Steps(Dense::new((weight / step).round() * step, bias))
+    }
+}
+
+impl LinearOp for Steps {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        self.0.forward(x)
+    }
+    fn weight(&self) -> Tensor {
+        self.0.weight().copy() // as a decoded weight: nobody else's memory
+    }
+    fn bias(&self) -> Option<&Tensor> {
+        self.0.bias()
+    }
+    fn shape(&self) -> (i64, i64) {
+        self.0.shape()
+    }
+    fn device(&self) -> Device {
+        self.0.device()
+    }
+    fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>> {
+        let bias = plain.bias.map(|b| b.detach());
+        Ok(Box::new(Steps::of(plain.weight.detach(), bias)))
+    }
+}
