@@ -224,7 +224,6 @@ fn mistakes_are_named_and_leave_nothing() {
         (&["--set", "learning_rate"], 2, "expected KEY=VALUE"),
         (&["--learning-rate", "-1"], 2, "learning_rate"),
         (&["--format", "mesages"], 2, "`messages`"),
-        (&["--set", "dtype=fp8"], 2, "bf16"),
         (&["--validation", "1.5"], 2, "1.5"),
         (&["--validation", "40"], 2, "40 rows cannot be held out"),
         (&["--set", "target_modules=[qq_proj]"], 2, "q_proj"),
@@ -242,6 +241,17 @@ fn mistakes_are_named_and_leave_nothing() {
     }
     let (code, error) = bad(dir, &["train", "--model", "nowhere", "--data", &world.data]);
     assert!(code == 1 && error.contains("nowhere"), "{error}");
+    let narrow = [
+        "train",
+        "--model",
+        &world.model,
+        "--data",
+        &world.data,
+        "--dtype",
+        "fp8",
+    ];
+    let (code, error) = bad(dir, &narrow);
+    assert!(code == 2 && error.contains("bf16"), "{error}");
     let (code, error) = bad(dir, &["train", "--data", &world.data]);
     assert!(code == 2 && error.contains("--model"), "{error}");
 }

@@ -484,10 +484,14 @@ mod tests {
         for loss in [3.0, 2.0, 2.0, 2.0, 2.0] {
             whole.observe(loss);
         }
-        [3.0, 2.0, 2.0].map(|loss| first.observe(loss));
+        for loss in [3.0, 2.0, 2.0] {
+            first.observe(loss);
+        }
         let json = serde_json::to_string(&first.plateau()).unwrap();
         second.restore(serde_json::from_str(&json).unwrap());
-        [2.0, 2.0].map(|loss| second.observe(loss));
+        for loss in [2.0, 2.0] {
+            second.observe(loss);
+        }
         assert_eq!(second.learning_rate(5), whole.learning_rate(5));
         assert!(whole.learning_rate(5) < settings.learning_rate / 5.0);
     }

@@ -317,7 +317,13 @@ mod tests {
             json!({"logging_steps": "often"}),
         ];
         for json in bad {
-            let key = json.as_object().unwrap().keys().last().unwrap().clone();
+            let key = json
+                .as_object()
+                .unwrap()
+                .keys()
+                .next_back()
+                .unwrap()
+                .clone();
             let long = ALIASES
                 .iter()
                 .find(|(s, _)| *s == key)

@@ -87,7 +87,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
             .for_each(|text| println!("{} {text}", style("warning").yellow().bold()));
     }
 
-    let mut lines: Vec<(String, Evaluation, Option<Evaluation>)> = Vec::new();
+    let mut lines: Vec<Line> = Vec::new();
     for (at, file) in data.files().iter().enumerate() {
         let rows = (0..data.len())
             .filter(|row| data.file_of(*row) == Some(at))
@@ -112,7 +112,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         lines.push((file.path.display().to_string(), on, off));
     }
     if lines.len() > 1 {
-        let sum = |of: &dyn Fn(&(String, Evaluation, Option<Evaluation>)) -> Option<Evaluation>| {
+        let sum = |of: &dyn Fn(&Line) -> Option<Evaluation>| {
             let all = lines.iter().filter_map(of);
             all.reduce(|a, b| Evaluation {
                 sum: a.sum + b.sum,
@@ -131,6 +131,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
+/// A file, its loss with the adapters, and without them where there are any.
+type Line = (String, Evaluation, Option<Evaluation>);
+
 fn measure(model: &dyn Decoder, rows: &Rows<'_>, size: usize) -> Result<Evaluation> {
     let bar = ProgressBar::new(0); // hidden where there is no terminal
     if let Ok(look) =
@@ -147,7 +150,7 @@ fn measure(model: &dyn Decoder, rows: &Rows<'_>, size: usize) -> Result<Evaluati
     Ok(result?)
 }
 
-fn json((file, on, off): &(String, Evaluation, Option<Evaluation>)) -> serde_json::Value {
+fn json((file, on, off): &Line) -> serde_json::Value {
     let figures =
         |it: &Evaluation| serde_json::json!({"loss": it.loss(), "perplexity": it.perplexity()});
     serde_json::json!({
@@ -159,7 +162,7 @@ fn json((file, on, off): &(String, Evaluation, Option<Evaluation>)) -> serde_jso
     })
 }
 
-fn table(lines: &[(String, Evaluation, Option<Evaluation>)]) -> Table {
+fn table(lines: &[Line]) -> Table {
     let both = lines.iter().any(|line| line.2.is_some());
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);

@@ -758,9 +758,13 @@ fn forecast(plan: &Plan, data: &Data<'_>, model: &dyn Decoder) -> Result<()> {
         time = begun.elapsed();
     }
     // A backward pass through a frozen base costs about as much as the forward pass, and a little more.
-    let batches =
-        settings.total_steps(order.batches_per_epoch()) * settings.gradient_accumulation_steps;
-    let guess = time.mul_f64(2.5) * u32::try_from(batches).unwrap_or(u32::MAX);
+    let total = settings.total_steps(order.batches_per_epoch());
+    let held_out = data.held_out.as_ref().map_or(0, Rows::len) as f64 / rows.len().max(1) as f64;
+    let evaluations =
+        total.div_ceil(settings.evaluate_every(total)) + usize::from(settings.eval_on_start);
+    let trained = 2.5 * (total * settings.gradient_accumulation_steps) as f64;
+    let passes = trained + held_out * evaluations as f64;
+    let guess = Duration::try_from_secs_f64(time.as_secs_f64() * passes).unwrap_or(Duration::MAX);
     let memory = memory::usage(model.device()).map(|it| format!(" · {} in use", bytes(it.now)));
     println!();
     row(
