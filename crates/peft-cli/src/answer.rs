@@ -184,23 +184,32 @@ pub(crate) fn answers(
         .collect()
 }
 
+/// A model that talks, and how.
+#[derive(Clone, Copy)]
+pub(crate) struct Speaker<'a> {
+    /// The model.
+    pub(crate) model: &'a dyn Decoder,
+    /// Its tokenizer.
+    pub(crate) tokenizer: &'a Tokenizer,
+    /// How it chooses.
+    pub(crate) sampling: &'a Sampling,
+    /// Texts that end an answer.
+    pub(crate) stops: &'a [String],
+}
+
 /// Answers one prompt; `show` is given the text piece by piece, `go_on` is asked after each token.
 pub(crate) fn stream(
-    model: &dyn Decoder,
-    tokenizer: &Tokenizer,
+    speaker: Speaker<'_>,
     memory: &mut Memory,
     prompt: &[u32],
-    sampling: &Sampling,
-    stops: &[String],
     show: &mut dyn FnMut(&str) -> Result<()>,
     go_on: &dyn Fn() -> bool,
 ) -> Result<Reply> {
     let begun = Instant::now();
-    let mut text = Text::new(tokenizer, stops);
-    let answer = converse(model, memory, prompt, sampling, &mut |id| {
+    let mut text = Text::new(speaker.tokenizer, speaker.stops);
+    let answer = converse(speaker.model, memory, prompt, speaker.sampling, &mut |id| {
         let flow = text.take(id);
-        let shown = show(&text.fresh());
-        if let Err(error) = shown {
+        if let Err(error) = show(&text.fresh()) {
             text.fault = Some(error);
             return ControlFlow::Break(());
         }

@@ -45,6 +45,9 @@ impl Global {
         memory::keep_freed_blocks();
         if let Some(threads) = self.threads {
             tch::set_num_threads(i32::from(threads));
+            // Refused only where the pool runs already, and nothing has started it yet.
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.into());
+            let _ = pool.build_global();
         }
     }
 }

@@ -44,7 +44,7 @@ MODEL is a folder in Hugging Face's format, a hub id such as HuggingFaceTB/SmolL
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Fine-tune an adapter on your data
-    Train(train::Args),
+    Train(Box<train::Args>),
     /// Answer one or many prompts
     Generate(generate::Args),
     /// Talk to a model
@@ -81,7 +81,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     cli.global.apply();
     match cli.command {
-        Command::Train(args) => train::run(args),
+        Command::Train(args) => train::run(*args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Eval(args) => eval::run(args),

@@ -17,7 +17,11 @@ static LAST: Mutex<String> = Mutex::new(String::new());
 /// is the usual end of a pipe. The hook prints nothing, because a library may catch a panic and go on.
 pub(crate) fn guarded(body: impl FnOnce() -> Result<()>) -> Result<()> {
     set_hook(Box::new(|info| {
-        let text = info.payload_as_str().unwrap_or("no message");
+        let payload = info.payload();
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        let text = text
+            .or(payload.downcast_ref::<&str>().copied())
+            .unwrap_or("no message");
         if text.starts_with("failed printing to std") && text.contains("Broken pipe") {
             exit(0);
         }

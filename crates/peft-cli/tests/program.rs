@@ -233,6 +233,10 @@ fn work_that_fails_ends_with_code_1_and_says_what_and_where() {
         (vec!["info", "no/such/model"], vec!["no/such/model"]),
         (vec!["check", "no/such/adapter"], vec!["no/such/adapter"]),
         (
+            vec!["check", TEXT],
+            vec!["adapter_config.json", "no adapter"],
+        ),
+        (
             vec![
                 "forward",
                 "--model",

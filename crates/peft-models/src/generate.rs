@@ -246,14 +246,21 @@ fn check(model: &dyn Decoder, prompts: &[Vec<u32>], it: &Sampling) -> Result<(),
     Ok(())
 }
 
+/// The most positions: as asked for, but where the model looks positions up it ends with its table.
 fn limit(model: &dyn Decoder, sampling: &Sampling) -> i64 {
-    sampling.context.unwrap_or_else(|| model.max_positions())
+    let made_for = model.max_positions();
+    match sampling.context {
+        Some(context) if model.spec().model_type != "gpt2" => context,
+        Some(context) => context.min(made_for),
+        None => made_for,
+    }
 }
 
 /// The rows of a batch, those that are still being written in front of the model.
 struct Rows<'a> {
     model: &'a dyn Decoder,
     sampling: &'a Sampling,
+    context: i64,
     rows: Vec<Row>,
     /// Which rows are in the batch, in its order.
     live: Vec<usize>,
@@ -282,6 +289,7 @@ impl Rows<'_> {
         Rows {
             model,
             sampling,
+            context: limit(model, sampling),
             rows,
             live,
         }
@@ -299,13 +307,7 @@ impl Rows<'_> {
             let scores = self.scores(&input, cache)?; // [live, vocab]
             let chosen = self.choose(&scores)?;
             for (&row, token) in self.live.iter().zip(chosen) {
-                self.rows[row].take(
-                    row,
-                    token,
-                    self.sampling,
-                    limit(self.model, self.sampling),
-                    each,
-                );
+                self.rows[row].take(row, token, self.sampling, self.context, each);
             }
             input = self.next(input, cache);
         }

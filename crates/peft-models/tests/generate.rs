@@ -31,20 +31,33 @@ fn load(dir: &Path) -> Box<dyn Decoder> {
 }
 
 fn llama() -> Box<dyn Decoder> {
-    load(&models().into_iter().find(|it| it.ends_with("llama")).unwrap())
+    load(
+        &models()
+            .into_iter()
+            .find(|it| it.ends_with("llama"))
+            .unwrap(),
+    )
 }
 
 fn ids(tensor: &Tensor) -> Vec<Vec<u32>> {
     let rows: Vec<Vec<i64>> = tensor.to_kind(Kind::Int64).try_into().unwrap();
-    rows.into_iter().map(|row| row.into_iter().map(|id| id as u32).collect()).collect()
+    rows.into_iter()
+        .map(|row| row.into_iter().map(|id| id as u32).collect())
+        .collect()
 }
 
+type Rows = Vec<Vec<u32>>;
+
 /// Prompts without their padding, and Python's continuations.
-fn greedy(io: &State, prefix: &str) -> Option<(Vec<Vec<u32>>, Vec<Vec<u32>>)> {
+fn greedy(io: &State, prefix: &str) -> Option<(Rows, Rows)> {
     let mask = ids(io.get(&format!("{prefix}.attention_mask"))?);
     let padded = ids(&io[&format!("{prefix}.input_ids")]);
     let kept = |(row, mask): (&Vec<u32>, &Vec<u32>)| {
-        row.iter().zip(mask).filter(|(_, m)| **m == 1).map(|(id, _)| *id).collect()
+        row.iter()
+            .zip(mask)
+            .filter(|(_, m)| **m == 1)
+            .map(|(id, _)| *id)
+            .collect()
     };
     let prompts = padded.iter().zip(&mask).map(kept).collect();
     Some((prompts, ids(&io[&format!("{prefix}.tokens")])))
@@ -64,7 +77,9 @@ fn greedy_text_is_pythons_in_a_batch_and_alone() {
         let io = tensors::read(&dir.join("base.safetensors")).unwrap();
         let model = load(&dir);
         for prefix in ["greedy", "greedy_long"] {
-            let Some((prompts, expected)) = greedy(&io, prefix) else { continue };
+            let Some((prompts, expected)) = greedy(&io, prefix) else {
+                continue;
+            };
             let sampling = Sampling {
                 max_new_tokens: expected[0].len(),
                 context: (prefix == "greedy_long").then_some(1000),
@@ -127,7 +142,12 @@ fn a_draw_depends_on_the_seed_and_not_on_the_company() {
     let prompts = [vec![5, 6, 7], vec![9], vec![11, 12, 13, 14, 15]];
     let together = generate(&*model, &prompts, &sampling(3), &mut quiet).unwrap();
     for (prompt, expected) in prompts.iter().zip(&together) {
-        let alone = generate(&*model, std::slice::from_ref(prompt), &sampling(3), &mut quiet);
+        let alone = generate(
+            &*model,
+            std::slice::from_ref(prompt),
+            &sampling(3),
+            &mut quiet,
+        );
         assert_eq!(&alone.unwrap()[0], expected);
     }
     let other = generate(&*model, &prompts, &sampling(4), &mut quiet).unwrap();
@@ -168,7 +188,13 @@ fn what_was_said_before_is_not_computed_again_and_changes_nothing() {
     }
     // Another conversation, and the same one again.
     for prompt in [vec![5, 6, 40], vec![5, 6, 40], vec![8]] {
-        let fresh = generate(&*model, std::slice::from_ref(&prompt), &sampling, &mut quiet).unwrap();
+        let fresh = generate(
+            &*model,
+            std::slice::from_ref(&prompt),
+            &sampling,
+            &mut quiet,
+        )
+        .unwrap();
         let kept = converse(&*model, &mut memory, &prompt, &sampling, &mut each).unwrap();
         assert_eq!(fresh[0], kept);
     }
@@ -190,7 +216,11 @@ fn an_answer_ends_for_a_reason() {
     let mut seen = 0;
     let mut two = |_, _| {
         seen += 1;
-        if seen == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if seen == 2 {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     };
     let answer = generate(&*model, &[vec![5]], &sampling, &mut two).unwrap();
     assert_eq!((answer[0].stop, answer[0].tokens.len()), (Stop::Caller, 2));
@@ -200,7 +230,13 @@ fn an_answer_ends_for_a_reason() {
         ..sampling
     };
     let answer = generate(&*model, &[vec![5]], &none, &mut quiet).unwrap();
-    assert_eq!(answer[0], Answer { tokens: vec![], stop: Stop::Length });
+    assert_eq!(
+        answer[0],
+        Answer {
+            tokens: vec![],
+            stop: Stop::Length
+        }
+    );
 }
 
 #[test]
@@ -210,18 +246,48 @@ fn what_cannot_be_continued_is_refused() {
         generate(&*model, &[vec![5], prompt], &sampling, &mut quiet).unwrap_err()
     };
     let plain = Sampling::default;
-    assert!(matches!(fault(vec![], plain()), GenerateError::Empty { row: 2 }));
-    assert!(matches!(fault(vec![61], plain()), GenerateError::Token { row: 2, id: 61, .. }));
-    assert!(matches!(fault(vec![1; 65], plain()), GenerateError::TooLong { row: 2, .. }));
+    assert!(matches!(
+        fault(vec![], plain()),
+        GenerateError::Empty { row: 2 }
+    ));
+    assert!(matches!(
+        fault(vec![61], plain()),
+        GenerateError::Token { row: 2, id: 61, .. }
+    ));
+    assert!(matches!(
+        fault(vec![1; 65], plain()),
+        GenerateError::TooLong { row: 2, .. }
+    ));
     for sampling in [
-        Sampling { temperature: -1.0, ..plain() },
-        Sampling { temperature: f64::NAN, ..plain() },
-        Sampling { top_p: 0.0, ..plain() },
-        Sampling { min_p: 1.5, ..plain() },
-        Sampling { repetition_penalty: 0.0, ..plain() },
-        Sampling { context: Some(0), ..plain() },
+        Sampling {
+            temperature: -1.0,
+            ..plain()
+        },
+        Sampling {
+            temperature: f64::NAN,
+            ..plain()
+        },
+        Sampling {
+            top_p: 0.0,
+            ..plain()
+        },
+        Sampling {
+            min_p: 1.5,
+            ..plain()
+        },
+        Sampling {
+            repetition_penalty: 0.0,
+            ..plain()
+        },
+        Sampling {
+            context: Some(0),
+            ..plain()
+        },
     ] {
-        assert!(matches!(fault(vec![5], sampling), GenerateError::Setting { .. }));
+        assert!(matches!(
+            fault(vec![5], sampling),
+            GenerateError::Setting { .. }
+        ));
     }
 }
 
@@ -236,8 +302,14 @@ fn narrow_settings_draw_what_greedy_takes() {
     };
     for sampling in [
         Sampling { top_k: 1, ..hot() },
-        Sampling { top_p: 1e-9, ..hot() },
-        Sampling { min_p: 1.0, ..hot() },
+        Sampling {
+            top_p: 1e-9,
+            ..hot()
+        },
+        Sampling {
+            min_p: 1.0,
+            ..hot()
+        },
     ] {
         let drawn = generate(&*model, &[vec![5, 6]], &sampling, &mut quiet).unwrap();
         assert_eq!(drawn, greedy);

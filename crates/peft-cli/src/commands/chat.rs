@@ -20,7 +20,7 @@ use peft::{
 use rustyline::{DefaultEditor, error::ReadlineError};
 
 use crate::{
-    answer::{Ending, SamplingArgs, conversation, stream},
+    answer::{Ending, SamplingArgs, Speaker, conversation, stream},
     args::{Compute, kind_name},
     commands::generate::{figures, say},
     sources::{SourceArgs, Voice},
@@ -149,16 +149,13 @@ impl Talk {
         };
         INTERRUPTED.store(false, Ordering::SeqCst);
         let go_on = || !INTERRUPTED.load(Ordering::SeqCst);
-        let reply = stream(
-            &*self.model,
-            &self.voice,
-            &mut self.memory,
-            &ids,
-            &self.sampling,
-            &self.stops,
-            &mut say,
-            &go_on,
-        );
+        let speaker = Speaker {
+            model: &*self.model,
+            tokenizer: &self.voice,
+            sampling: &self.sampling,
+            stops: &self.stops,
+        };
+        let reply = stream(speaker, &mut self.memory, &ids, &mut say, &go_on);
         // Another answer to the same words next time.
         self.sampling.seed = self.sampling.seed.wrapping_add(1);
         match reply {

@@ -49,6 +49,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if !dir.is_dir() {
         bail!("{}: no such folder", dir.display());
     }
+    if !dir.join("adapter_config.json").exists() {
+        bail!(
+            "{}: no `adapter_config.json` in this folder, so it holds no adapter",
+            dir.display()
+        );
+    }
     let mut report = Report::default();
     examine(&mut report, &args, &dir);
     println!("{}\n{}", dir.display(), report.table().trim_fmt());
@@ -155,6 +161,7 @@ fn examine(report: &mut Report, args: &Args, dir: &Path) {
             None
         }
     };
+    let mut ends = false;
     if let Some((source, mut model)) = model {
         report.add(
             Level::Ok,
@@ -162,11 +169,11 @@ fn examine(report: &mut Report, args: &Args, dir: &Path) {
             format!("{} ({})", source.path().display(), model.spec().model_type),
         );
         if let Ok(adapter) = &loaded {
-            fit(report, adapter, &mut *model);
+            ends = fit(report, adapter, &mut *model);
         }
         voice(report, &[dir, &args.adapter], &source, &*model);
     }
-    servable(report, &json);
+    servable(report, &json, ends);
 }
 
 fn open(name: &str) -> peft::Result<(Source, Box<dyn Decoder>)> {
@@ -258,34 +265,38 @@ fn finite(tensor: &Tensor) -> bool {
     tensor.isfinite().all().int64_value(&[]) != 0
 }
 
-/// Whether every key and shape is what the base wants, and where the adapter acts.
-fn fit(report: &mut Report, adapter: &Adapter, model: &mut dyn Decoder) {
-    match adapter.apply("default", model) {
-        Err(error) => report.add(Level::Fail, "fit", error),
-        Ok(()) => {
-            let mut places: BTreeMap<String, usize> = BTreeMap::new();
-            let mut at: Vec<String> = model
-                .params("default")
-                .into_iter()
-                .map(|it| it.at)
-                .collect();
-            at.dedup();
-            for place in &at {
-                let last = place.rsplit('.').next().unwrap_or(place);
-                *places.entry(last.to_owned()).or_default() += 1;
-            }
-            report.add(
-                Level::Ok,
-                "fit",
-                "every key and shape is what the base wants",
-            );
-            let places: Vec<String> = places
-                .iter()
-                .map(|(name, n)| format!("{n} × {name}"))
-                .collect();
-            report.add(Level::Ok, "targets", places.join(", "));
-        }
+/// Whether every key and shape is what the base wants, and where the adapter acts. Says whether it does so
+/// on the input or output embedding.
+fn fit(report: &mut Report, adapter: &Adapter, model: &mut dyn Decoder) -> bool {
+    if let Err(error) = adapter.apply("default", model) {
+        report.add(Level::Fail, "fit", error);
+        return false;
     }
+    report.add(
+        Level::Ok,
+        "fit",
+        "every key and shape is what the base wants",
+    );
+    let mut at: Vec<String> = model
+        .params("default")
+        .into_iter()
+        .map(|it| it.at)
+        .collect();
+    at.dedup();
+    let mut places: BTreeMap<&str, usize> = BTreeMap::new();
+    for place in &at {
+        *places
+            .entry(place.rsplit('.').next().unwrap_or(place))
+            .or_default() += 1;
+    }
+    let places: Vec<String> = places
+        .iter()
+        .map(|(name, n)| format!("{n} × {name}"))
+        .collect();
+    report.add(Level::Ok, "targets", places.join(", "));
+    let spec = model.spec();
+    let ends = [Some(spec.input_embedding), spec.output_embedding];
+    ends.iter().flatten().any(|end| at.contains(end))
 }
 
 /// Whether the tokenizer beside the adapter is the base's.
@@ -349,8 +360,11 @@ fn voice(report: &mut Report, dirs: &[&Path], source: &Source, model: &dyn Decod
 }
 
 /// Whether a runtime that knows `W + s·BA` on linear layers and nothing else can serve it (vLLM, mistral.rs, llama.cpp).
-fn servable(report: &mut Report, json: &Value) {
-    let reasons = not_plain(json);
+fn servable(report: &mut Report, json: &Value, ends: bool) {
+    let mut reasons = not_plain(json);
+    if ends && reasons.is_empty() {
+        reasons.push(ENDS.to_owned());
+    }
     match reasons.is_empty() {
         true => report.add(Level::Ok, "serving", "plain LoRA: any runtime takes it"),
         false => {
@@ -362,6 +376,9 @@ fn servable(report: &mut Report, json: &Value) {
         }
     }
 }
+
+/// What an adapter may have that many runtimes refuse.
+const ENDS: &str = "adapted embeddings or heads";
 
 /// What is in an adapter besides plain LoRA on linear layers.
 fn not_plain(json: &Value) -> Vec<String> {
@@ -412,7 +429,7 @@ fn not_plain(json: &Value) -> Vec<String> {
             .is_some_and(|it| ends.contains(&it))
     };
     if targets.is_some_and(|all| all.iter().any(is_end)) {
-        reasons.push("adapted embeddings or heads".into());
+        reasons.push(ENDS.to_owned());
     }
     reasons
 }

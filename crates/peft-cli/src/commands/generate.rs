@@ -18,7 +18,7 @@ use peft::{
 use serde::Deserialize;
 
 use crate::{
-    answer::{Reply, SamplingArgs, answers, conversation, stream},
+    answer::{Reply, SamplingArgs, Speaker, answers, conversation, stream},
     args::Compute,
     error::usage,
     sources::SourceArgs,
@@ -85,17 +85,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if let ([prompt], [ids], false) = (&prompts[..], &ids[..], args.json) {
         let mut show = |text: &str| say(text);
         let memory = &mut Memory::new();
-        let reply = stream(
-            &*model,
-            &tokenizer,
-            memory,
-            ids,
-            &sampling,
-            &stops,
-            &mut show,
-            &|| true,
-        )
-        .with_context(|| prompt.place.clone())?;
+        let speaker = Speaker {
+            model: &*model,
+            tokenizer: &tokenizer,
+            sampling: &sampling,
+            stops: &stops,
+        };
+        let reply = stream(speaker, memory, ids, &mut show, &|| true)
+            .with_context(|| prompt.place.clone())?;
         say("\n")?;
         figures(&[reply]);
         return Ok(());

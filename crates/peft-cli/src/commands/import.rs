@@ -11,7 +11,7 @@ use console::style;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use peft::gguf::{self, Dtype};
 
-use crate::terminal::bytes;
+use crate::terminal::{bytes, grouped};
 
 /// Flags of `peft import`.
 #[derive(Debug, clap::Args)]
@@ -59,7 +59,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         style("imported into").green(),
         imported.folder.display(),
         imported.model_type,
-        imported.parameters,
+        grouped(i64::try_from(imported.parameters).unwrap_or(i64::MAX)),
         imported.tensors,
         bytes(imported.bytes),
     );

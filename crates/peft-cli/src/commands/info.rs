@@ -169,6 +169,17 @@ fn one(model: &mut dyn Decoder, tuner: &dyn Tuner) -> Result<()> {
     Ok(())
 }
 
+/// A value on one line: of a long list its beginning and its length.
+fn short(value: &Value) -> String {
+    match value.as_array() {
+        Some(list) if list.len() > 8 => {
+            let first: Vec<String> = list.iter().take(2).map(Value::to_string).collect();
+            format!("[{}, … {} in all]", first.join(","), list.len())
+        }
+        _ => value.to_string(),
+    }
+}
+
 /// How many numbers a method trains here, of how many.
 struct Count {
     trainable: i64,
@@ -238,7 +249,7 @@ fn adapter(dir: &Path) -> Result<()> {
     for (key, value) in json.as_object().into_iter().flatten() {
         let usual = plain.get(key).is_none_or(|it| it == value);
         if !hidden.contains(&key.as_str()) && (!usual || key == "r" || key == "lora_alpha") {
-            println!("  {key}: {value}");
+            println!("  {key}: {}", short(value));
         }
     }
     Ok(())

@@ -17,7 +17,7 @@ use crate::{
     args::{DtypeChoice, kind_name},
     error::usage,
     sources::{SourceArgs, Sources},
-    terminal::bytes,
+    terminal::{bytes, grouped},
 };
 
 /// Flags of `peft merge`.
@@ -76,7 +76,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         "{} {} ({} parameters, {}, {size})",
         style("merged into").green(),
         args.out.display(),
-        parameters(&mut *model),
+        grouped(parameters(&mut *model)),
         kind_name(model.kind()),
     );
     println!("logits moved by {change:.1e} at most, the largest is {largest:.1}");

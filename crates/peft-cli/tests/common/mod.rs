@@ -119,7 +119,7 @@ pub(crate) fn close(
     let python = python.to_kind(tch::Kind::Double);
     let mut difference = (&ours - &python).abs();
     if let Some(mask) = mask {
-        difference = difference * mask.to_kind(tch::Kind::Double).unsqueeze(-1);
+        difference *= mask.to_kind(tch::Kind::Double).unsqueeze(-1);
     }
     let distance =
         difference.max().double_value(&[]) / python.abs().max().double_value(&[]).max(1e-30);
