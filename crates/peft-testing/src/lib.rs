@@ -23,14 +23,16 @@
 //! | --- | --- |
 //! | the scale is applied to the base's output too | fresh |
 //! | the scale is forgotten in the merge | merge |
-//! | the update is merged transposed (for square layers it fits) | merge |
+//! | the merge subtracts instead of adding | merge |
+//! | the merge drops the bias | merge |
 //! | dropout in evaluation | dropout |
 //! | a tensor of the base takes a gradient | base frozen |
-//! | the base is changed in place | base frozen |
-//! | half of the update stays when it is off, because the base has it | off |
+//! | the base is changed in place, so that off is not off | off |
+//! | a factor is cut off from its gradient | gradients arrive |
 //! | the gradient of one factor is not scaled | gradient check |
 //! | the gradient is a mean over the batch | accumulation |
-//! | a trained tensor is not saved, and begins anew when loaded | save |
+//! | a trained tensor is not saved | save |
+//! | a trained tensor is saved in fewer bits | save |
 //! | a key of the configuration is lost | config survives |
 //! | unknown keys are ignored | unknown keys |
 
