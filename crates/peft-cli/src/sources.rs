@@ -158,7 +158,8 @@ impl SourceArgs {
                 there(run.adapter(), "no adapter yet: the run has not ended")?,
             )],
         };
-        found.tokenizer = has_tokenizer(run.dir());
+        // A run has its own; one that lost it is damaged, and the base's may be another.
+        found.tokenizer = Some(run.dir().to_owned());
         Ok(found)
     }
 
