@@ -6,6 +6,8 @@
 //! starts at a dot, by regular expression, and the first in the order of the
 //! file wins.
 
+use std::{cell::RefCell, collections::HashMap};
+
 use fancy_regex::Regex;
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
@@ -102,6 +104,11 @@ pub fn pattern_value<T: Copy>(patterns: &IndexMap<String, T>, at: &str) -> Resul
     Ok(None)
 }
 
+thread_local! {
+    /// The expressions of the configurations that this thread has seen.
+    static COMPILED: RefCell<HashMap<String, Regex>> = RefCell::default();
+}
+
 /// A compiled regular expression with Python's meaning (lookaround, backreferences).
 #[derive(Debug)]
 pub struct Pattern {
@@ -111,11 +118,21 @@ pub struct Pattern {
 
 impl Pattern {
     /// Compiles `source`; errors show `shown`.
+    ///
+    /// Each expression is compiled once a thread: one setting is asked about every place of a model, several times.
     pub fn new(source: &str, shown: &str) -> Result<Pattern> {
-        let regex = Regex::new(source).map_err(|error| Error::Config {
-            peft_type: "module name".to_owned(),
-            reason: format!("`{shown}` is no regular expression: {error}"),
-        })?;
+        let known = COMPILED.with_borrow(|all| all.get(source).cloned());
+        let regex = match known {
+            Some(regex) => regex,
+            None => {
+                let regex = Regex::new(source).map_err(|error| Error::Config {
+                    peft_type: "module name".to_owned(),
+                    reason: format!("`{shown}` is no regular expression: {error}"),
+                })?;
+                COMPILED.with_borrow_mut(|all| all.insert(source.to_owned(), regex.clone()));
+                regex
+            }
+        };
         Ok(Pattern {
             regex,
             shown: shown.to_owned(),

@@ -101,7 +101,7 @@ impl LinearAdapter for LowRank {
         let (s, p) = (self.config.scale, self.config.dropout);
         let mut y = beneath.forward(x);
         if has("the scale is applied to the base too") {
-            y = y * s;
+            y *= s;
         }
         let on = ctx.train || has("dropout in evaluation");
         let x = if on && p > 0.0 {
