@@ -8,7 +8,7 @@ use peft_core::{BeneathEmbedding, Ctx, EmbeddingAdapter, Params, Visit};
 use tch::{Kind, Tensor};
 
 use crate::{
-    dora::{MAGNITUDE, norm},
+    dora::MAGNITUDE,
     factors::{Factors, add, leaf},
 };
 
@@ -85,4 +85,11 @@ impl Params for EmbeddingLora {
             visit(MAGNITUDE, magnitude);
         }
     }
+}
+
+/// Norms of the columns of a table with ΔW, without a gradient: `[hidden, vocab] -> [hidden]`.
+fn norm(weight: &Tensor, factors: &Factors) -> Tensor {
+    let _off = tch::no_grad_guard();
+    let sum = factors.delta() + weight;
+    sum.norm_scalaropt_dim(2.0, [1i64].as_slice(), false)
 }
