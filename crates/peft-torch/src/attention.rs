@@ -13,6 +13,9 @@ use tch::{Device, Kind, TchError, Tensor};
 /// Scores of one call that may be held, in bytes.
 const HELD: i64 = 32 << 20;
 
+/// Queries from which on large products pay.
+const MANY: i64 = 64;
+
 /// q: `[batch, new, heads, d]`, k, v: `[batch, keys, kv_heads, d]` -> `[batch, new, heads, d]`.
 ///
 /// `mask`: `[batch or 1, 1, new, keys]`, added to the scores; `causal`: query i sees keys up to i, for
@@ -29,7 +32,7 @@ pub fn attention(
 ) -> Tensor {
     let (heads, keys) = (q.size()[2], k.size()[1]);
     let scores = q.size()[0] * heads * q.size()[1] * keys * 4;
-    let held = q.device() == Device::Cpu && dropout == 0.0 && q.size()[1] > 4 && scores <= HELD;
+    let held = q.device() == Device::Cpu && dropout == 0.0 && q.size()[1] >= MANY && scores <= HELD;
     if !(held && matches!(q.kind(), Kind::Float | Kind::BFloat16)) {
         return blockwise([q, k, v], scale, causal, mask, dropout);
     }
