@@ -307,6 +307,8 @@ fn many_prompts_get_the_answers_they_get_alone() {
         "0.8",
         "--seed",
         "5",
+        "--dtype",
+        "fp32", // bf16 rounds differently in company
     ];
     let path = path.to_str().unwrap();
     let together = peft(base.iter().chain(&["--prompts", path, "--json"])).ok();
@@ -368,4 +370,17 @@ fn a_conversation_remembers_obeys_and_is_saved() {
     let first = turns[1]["content"].as_str().unwrap();
     assert_eq!(out.matches(first).count(), 2, "{out}");
     assert!(!out.contains("never"));
+}
+
+#[test]
+fn colours_are_for_terminals_unless_asked_for() {
+    let check = ["check", "fixtures/lora/llama__r3"];
+    assert!(!peft(check).ok().contains('\x1b'));
+    assert!(
+        peft(check.iter().chain(&["--color", "always"]))
+            .ok()
+            .contains('\x1b')
+    );
+    let fault = peft(["check", "no/such", "--color", "always"]);
+    assert!(fault.err.contains('\x1b') && !peft(["check", "no/such"]).err.contains('\x1b'));
 }

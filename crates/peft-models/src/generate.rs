@@ -17,8 +17,9 @@
 //! Prompts of different lengths are padded on the left, masked and numbered so that each row computes what it
 //! would compute alone; a padding token counts as "seen" nowhere (it does in `transformers`). The
 //! random numbers of a row are a function of the seed and of how many tokens it has drawn, and come from a
-//! generator of our own: an answer does not depend on its company in the batch, and a
-//! training run that shows samples in between stays the same to the bit.
+//! generator of our own: an answer does not depend on its company in the batch (but for the
+//! rounding of a narrow number format, which may tip a near tie), and a training run that shows
+//! samples in between stays the same to the bit.
 
 use std::ops::ControlFlow;
 
