@@ -45,9 +45,7 @@ fn beside_python(args: &Args) -> Result<()> {
     let python = python::ensure()?;
     run::run(&mut run::cargo(&["build", "--package", "benches"]))?;
     let mut compare = Command::new(python);
-    compare
-        .current_dir(paths::root())
-        .arg("benches/compare.py");
+    compare.current_dir(paths::root()).arg("benches/compare.py");
     if args.quick {
         compare.args(["--rounds", "1", "--steps", "3"]);
     }

@@ -165,8 +165,17 @@ fn random_batch(model: &dyn Decoder, batch: i64, seq: i64, masked: f64) -> (Inpu
     (Input::new(ids), labels)
 }
 
-fn step(model: &mut dyn Decoder, (input, labels): &(Input, Tensor), steps: usize, warmup: usize) -> Result<Value> {
-    let mut params: Vec<Tensor> = model.trainable("default").into_iter().map(|it| it.tensor).collect();
+fn step(
+    model: &mut dyn Decoder,
+    (input, labels): &(Input, Tensor),
+    steps: usize,
+    warmup: usize,
+) -> Result<Value> {
+    let mut params: Vec<Tensor> = model
+        .trainable("default")
+        .into_iter()
+        .map(|it| it.tensor)
+        .collect();
     let mut moments: Vec<Moments> = params.iter().map(Moments::new).collect();
     let (mut times, mut losses, mut parts) = (Vec::new(), Vec::new(), Vec::new());
     for i in 0..warmup + steps {
@@ -218,7 +227,9 @@ fn merge(dir: &std::path::Path, out: &std::path::Path) -> Result<Value> {
     let merged = begin.elapsed().as_secs_f64();
     save(&mut *model, out, &[])?;
     let saved = begin.elapsed().as_secs_f64();
-    Ok(json!({"samples": [saved - loaded], "load_s": loaded, "merge_s": merged - loaded, "save_s": saved - merged}))
+    Ok(
+        json!({"samples": [saved - loaded], "load_s": loaded, "merge_s": merged - loaded, "save_s": saved - merged}),
+    )
 }
 
 fn tokenise(tokenizer: &std::path::Path, data: PathBuf, cache: PathBuf) -> Result<Value> {
@@ -252,8 +263,14 @@ fn floor() -> Value {
     let mut rates = serde_json::Map::new();
     for (name, kind) in [("fp32", Kind::Float), ("bf16", Kind::BFloat16)] {
         let mut rate: f64 = 0.0;
-        for (m, k, n) in [(512, 768, 3072), (512, 768, 768), (512, 2048, 768), (512, 4096, 4096)] {
-            let random = |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
+        for (m, k, n) in [
+            (512, 768, 3072),
+            (512, 768, 768),
+            (512, 2048, 768),
+            (512, 4096, 4096),
+        ] {
+            let random =
+                |shape: [i64; 2]| Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind);
             let (x, w) = (random([m, k]), random([n, k]));
             let time = best(30, || drop(linear(&x, &w, None)));
             rate = rate.max(2.0 * (m * k * n) as f64 / time);

@@ -13,7 +13,9 @@ pub(crate) fn head(weights: &mut dyn Weights, embed: &Tensor, tied: bool) -> Res
             if weights.has(key) && !weights.tensor(key, &size)?.equal(embed) {
                 return Err(Error::Config {
                     peft_type: "model".into(),
-                    reason: format!("`tie_word_embeddings` is true, but `{key}` differs from the input embedding"),
+                    reason: format!(
+                        "`tie_word_embeddings` is true, but `{key}` differs from the input embedding"
+                    ),
                 });
             }
             embed.shallow_clone()

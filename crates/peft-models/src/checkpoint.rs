@@ -141,8 +141,14 @@ impl Weights for Checkpoint {
                 got: tensor.size(),
             });
         }
-        if !matches!(tensor.kind(), Kind::Float | Kind::BFloat16 | Kind::Half | Kind::Double) {
-            let reason = format!("`{key}` is of type {:?}, expected floating point", tensor.kind());
+        if !matches!(
+            tensor.kind(),
+            Kind::Float | Kind::BFloat16 | Kind::Half | Kind::Double
+        ) {
+            let reason = format!(
+                "`{key}` is of type {:?}, expected floating point",
+                tensor.kind()
+            );
             return Err(Error::file(&self.place, reason));
         }
         self.taken.insert(key.to_owned());
@@ -168,7 +174,12 @@ fn shards(dir: &Path, path: &Path) -> Result<(Vec<Mapped>, BTreeMap<String, usiz
         let name = file
             .as_str()
             .filter(|name| Path::new(name).components().count() == 1 && !name.starts_with('.'))
-            .ok_or_else(|| Error::file(path, format!("`{key}` is said to lie in {file}, which is no file name")))?;
+            .ok_or_else(|| {
+                Error::file(
+                    path,
+                    format!("`{key}` is said to lie in {file}, which is no file name"),
+                )
+            })?;
         let at = match opened.get(name) {
             Some(&at) => at,
             None => {

@@ -53,14 +53,19 @@ impl Keys {
     pub(crate) fn text(&self, key: &str) -> Result<Option<&str>> {
         let text = |it: &'static str| it;
         self.get(key)
-            .map(|it| it.as_str().ok_or_else(|| self.fault(key, text("expected a string"))))
+            .map(|it| {
+                it.as_str()
+                    .ok_or_else(|| self.fault(key, text("expected a string")))
+            })
             .transpose()
     }
 
     pub(crate) fn flag(&self, key: &str, default: bool) -> Result<bool> {
         match self.get(key) {
             None => Ok(default),
-            Some(it) => it.as_bool().ok_or_else(|| self.fault(key, "expected true or false")),
+            Some(it) => it
+                .as_bool()
+                .ok_or_else(|| self.fault(key, "expected true or false")),
         }
     }
 
@@ -110,7 +115,10 @@ impl Keys {
     /// Refuses what makes other numbers and is not offered, whatever the model.
     pub(crate) fn refuse_common(&self) -> Result<()> {
         if self.get("quantization_config").is_some() {
-            return Err(self.fault("quantization_config", "but this build reads dense weights only"));
+            return Err(self.fault(
+                "quantization_config",
+                "but this build reads dense weights only",
+            ));
         }
         Ok(())
     }
@@ -156,7 +164,9 @@ pub struct LlamaConfig {
 impl LlamaConfig {
     pub(crate) fn read(keys: &Keys) -> Result<LlamaConfig> {
         keys.refuse_common()?;
-        let model_type = keys.need("model_type", keys.text("model_type")?)?.to_owned();
+        let model_type = keys
+            .need("model_type", keys.text("model_type")?)?
+            .to_owned();
         let (qwen2, qwen3) = (model_type == "qwen2", model_type == "qwen3");
         let hidden = keys.size_of("hidden_size")?;
         let heads = keys.size_of("num_attention_heads")?;
@@ -166,7 +176,10 @@ impl LlamaConfig {
             None => heads,
         };
         if heads % kv_heads != 0 {
-            return Err(keys.fault("num_key_value_heads", "which does not divide num_attention_heads"));
+            return Err(keys.fault(
+                "num_key_value_heads",
+                "which does not divide num_attention_heads",
+            ));
         }
         let head_dim = match keys.size("head_dim")? {
             Some(d) => d,
@@ -188,7 +201,8 @@ impl LlamaConfig {
                 _ => 32768,
             },
         };
-        let attention_bias = !qwen2 && model_type != "mistral" && keys.flag("attention_bias", false)?;
+        let attention_bias =
+            !qwen2 && model_type != "mistral" && keys.flag("attention_bias", false)?;
         Ok(LlamaConfig {
             vocab: keys.size_of("vocab_size")?,
             hidden,
@@ -220,7 +234,8 @@ fn windows(keys: &Keys, model_type: &str, layers: usize) -> Result<Vec<Option<i6
     let whole = vec![None; layers];
     match model_type {
         "mistral" => {
-            let default = (!keys.json.get("sliding_window").is_some_and(Value::is_null)).then_some(4096);
+            let default =
+                (!keys.json.get("sliding_window").is_some_and(Value::is_null)).then_some(4096);
             return Ok(vec![window()?.or(default); layers]);
         }
         "qwen2" | "qwen3" => {}
@@ -237,10 +252,20 @@ fn windows(keys: &Keys, model_type: &str, layers: usize) -> Result<Vec<Option<i6
                 .as_u64()
                 .ok_or_else(|| keys.fault("max_window_layers", "expected a whole number"))?,
         } as usize;
-        return Ok((0..layers).map(|i| sliding.filter(|_| i >= first)).collect());
+        return Ok((0..layers)
+            .map(|i| sliding.filter(|_| i >= first))
+            .collect());
     };
-    let bad = || keys.fault("layer_types", "expected one `full_attention` or `sliding_attention` a layer");
-    let types = types.as_array().filter(|it| it.len() == layers).ok_or_else(bad)?;
+    let bad = || {
+        keys.fault(
+            "layer_types",
+            "expected one `full_attention` or `sliding_attention` a layer",
+        )
+    };
+    let types = types
+        .as_array()
+        .filter(|it| it.len() == layers)
+        .ok_or_else(bad)?;
     let one = |it: &Value| match it.as_str() {
         Some("full_attention") => Ok(None),
         Some("sliding_attention") if sliding.is_some() => Ok(sliding),
@@ -256,7 +281,9 @@ fn rope(keys: &Keys, head_dim: i64, max_positions: i64) -> Result<Rope> {
             return Err(keys.fault(key, "expected an object"));
         }
     }
-    let found = keys.inner("rope_parameters").or_else(|| keys.inner("rope_scaling"));
+    let found = keys
+        .inner("rope_parameters")
+        .or_else(|| keys.inner("rope_scaling"));
     let inner = match found {
         Some(inner) => inner,
         None => Keys::new(serde_json::json!({}), &keys.path)?,
@@ -266,7 +293,10 @@ fn rope(keys: &Keys, head_dim: i64, max_positions: i64) -> Result<Rope> {
         None => keys.positive("rope_theta", 1e4)?,
     };
     for at in [&inner, keys] {
-        if at.float("partial_rotary_factor")?.is_some_and(|it| it != 1.0) {
+        if at
+            .float("partial_rotary_factor")?
+            .is_some_and(|it| it != 1.0)
+        {
             return Err(at.fault("partial_rotary_factor", "but these models turn whole heads"));
         }
     }
@@ -295,7 +325,10 @@ fn rope(keys: &Keys, head_dim: i64, max_positions: i64) -> Result<Rope> {
             let number = |key: &str| inner.need(key, inner.float(key)?);
             let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
             if low <= 0.0 || high <= low {
-                return Err(inner.fault("high_freq_factor", "expected more than low_freq_factor, above zero"));
+                return Err(inner.fault(
+                    "high_freq_factor",
+                    "expected more than low_freq_factor, above zero",
+                ));
             }
             Rope::llama3(theta, d, factor()?, low, high, original()?)
         }
@@ -305,7 +338,13 @@ fn rope(keys: &Keys, head_dim: i64, max_positions: i64) -> Result<Rope> {
                 Some(_) => factor()?,
                 None => max_positions as f64 / original as f64,
             };
-            let scale = |s: f64, m: f64| if s <= 1.0 { 1.0 } else { 0.1 * m * s.ln() + 1.0 };
+            let scale = |s: f64, m: f64| {
+                if s <= 1.0 {
+                    1.0
+                } else {
+                    0.1 * m * s.ln() + 1.0
+                }
+            };
             let given = |key: &str| inner.float(key).map(|it| it.filter(|&x| x != 0.0));
             let attention = match inner.float("attention_factor")? {
                 Some(factor) => factor,
@@ -314,13 +353,20 @@ fn rope(keys: &Keys, head_dim: i64, max_positions: i64) -> Result<Rope> {
                     _ => scale(factor, 1.0),
                 },
             };
-            let betas = (given("beta_fast")?.unwrap_or(32.0), given("beta_slow")?.unwrap_or(1.0));
+            let betas = (
+                given("beta_fast")?.unwrap_or(32.0),
+                given("beta_slow")?.unwrap_or(1.0),
+            );
             let truncate = inner.flag("truncate", true)?;
             Rope::yarn(theta, d, factor, attention, betas, original, truncate)
         }
         _ => {
             return Err(inner.fault(
-                if inner.get("rope_type").is_some() { "rope_type" } else { "type" },
+                if inner.get("rope_type").is_some() {
+                    "rope_type"
+                } else {
+                    "type"
+                },
                 "known are [default, linear, dynamic, llama3, yarn]",
             ));
         }
@@ -351,7 +397,10 @@ impl Gpt2Config {
     pub(crate) fn read(keys: &Keys) -> Result<Gpt2Config> {
         keys.refuse_common()?;
         if keys.flag("add_cross_attention", false)? {
-            return Err(keys.fault("add_cross_attention", "but this model has no encoder to attend to"));
+            return Err(keys.fault(
+                "add_cross_attention",
+                "but this model has no encoder to attend to",
+            ));
         }
         // `hidden_size` and so on are other names for the same keys.
         let named = |key: &str, other: &str, default: i64| -> Result<i64> {

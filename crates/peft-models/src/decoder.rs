@@ -91,7 +91,12 @@ impl Cache {
     /// Adds keys and values `[batch, new, kv_heads, head_dim]` of one layer; gives all of them so far.
     ///
     /// Room is doubled when it runs out, so a text of n tokens is copied O(n) times and not O(n²).
-    pub(crate) fn append(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
+    pub(crate) fn append(
+        &mut self,
+        layer: usize,
+        key: &Tensor,
+        value: &Tensor,
+    ) -> (Tensor, Tensor) {
         if self.layers.len() <= layer {
             self.layers.resize_with(layer + 1, || None);
         }
@@ -106,7 +111,9 @@ impl Cache {
                 let shape = [size[0], capacity, size[2], size[3]];
                 let fresh = Tensor::empty(shape, (like.kind(), like.device()));
                 if let Some(old) = old {
-                    fresh.narrow(1, 0, self.len).copy_(&old.narrow(1, 0, self.len));
+                    fresh
+                        .narrow(1, 0, self.len)
+                        .copy_(&old.narrow(1, 0, self.len));
                 }
                 fresh
             };

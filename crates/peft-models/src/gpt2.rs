@@ -46,7 +46,11 @@ impl Gpt2 {
     pub fn build(config: Gpt2Config, weights: &mut dyn Weights) -> Result<Gpt2> {
         let c = &config;
         // OpenAI's own checkpoint is one of the bare model: it lacks the first component of the names.
-        let root = if weights.has("transformer.wte.weight") { "transformer." } else { "" };
+        let root = if weights.has("transformer.wte.weight") {
+            "transformer."
+        } else {
+            ""
+        };
         let tokens = weights.tensor(&format!("{root}wte.weight"), &[c.vocab, c.hidden])?;
         let places = weights.tensor(&format!("{root}wpe.weight"), &[c.max_positions, c.hidden])?;
         let blocks = (0..c.layers).map(|i| Block::build(c, &format!("{root}h.{i}"), weights));
@@ -68,7 +72,11 @@ impl Gpt2 {
         let width = ((c.hidden / c.heads) as f64).powf(-0.5);
         let scale = if c.scale_by_width { width } else { 1.0 };
         Heads {
-            scale: if c.scale_by_layer { scale / (layer + 1) as f64 } else { scale },
+            scale: if c.scale_by_layer {
+                scale / (layer + 1) as f64
+            } else {
+                scale
+            },
             dropout: c.attn_dropout,
         }
     }
@@ -142,7 +150,11 @@ impl Decoder for Gpt2 {
 }
 
 fn dropout(x: Tensor, p: f64, ctx: Ctx) -> Tensor {
-    if ctx.train && p > 0.0 { x.dropout(p, true) } else { x }
+    if ctx.train && p > 0.0 {
+        x.dropout(p, true)
+    } else {
+        x
+    }
 }
 
 impl Model for Gpt2 {

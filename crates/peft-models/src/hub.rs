@@ -31,15 +31,25 @@ pub(crate) fn is_id(name: &str) -> bool {
 /// Fetches what is missing in the cache and returns the folder of the snapshot.
 pub(crate) fn fetch(id: &str) -> Result<PathBuf> {
     let fault = |what: &str, error: &dyn std::fmt::Display| {
-        let reason = format!("{what}: {error}; no folder of this name either, so it was taken for a hub id");
+        let reason =
+            format!("{what}: {error}; no folder of this name either, so it was taken for a hub id");
         Error::file(id.as_ref(), reason)
     };
     let api = ApiBuilder::from_env().build();
     let repo = api.map_err(|e| fault("hub", &e))?.model(id.to_owned());
     let info = repo.info().map_err(|e| fault("hub", &e))?;
-    let there: Vec<&str> = info.siblings.iter().map(|it| it.rfilename.as_str()).collect();
-    let config = repo.get("config.json").map_err(|e| fault("config.json", &e))?;
-    for name in there.iter().filter(|it| BESIDES.contains(it) || is_weights(it)) {
+    let there: Vec<&str> = info
+        .siblings
+        .iter()
+        .map(|it| it.rfilename.as_str())
+        .collect();
+    let config = repo
+        .get("config.json")
+        .map_err(|e| fault("config.json", &e))?;
+    for name in there
+        .iter()
+        .filter(|it| BESIDES.contains(it) || is_weights(it))
+    {
         get(&repo, name).map_err(|e| fault(name, &e))?;
     }
     Ok(config.parent().unwrap_or(&config).to_owned())

@@ -61,7 +61,11 @@ impl Llama {
     pub fn build(config: LlamaConfig, weights: &mut dyn Weights) -> Result<Llama> {
         let c = &config;
         // A checkpoint of the bare model lacks the first component of the names.
-        let root = if weights.has("model.embed_tokens.weight") { "model." } else { "" };
+        let root = if weights.has("model.embed_tokens.weight") {
+            "model."
+        } else {
+            ""
+        };
         let embed = weights.tensor(&format!("{root}embed_tokens.weight"), &[c.vocab, c.hidden])?;
         let layers = (0..c.layers).map(|i| Layer::build(c, &format!("{root}layers.{i}"), weights));
         let layers = layers.collect::<Result<_>>()?;
@@ -99,7 +103,13 @@ impl Llama {
             scale: (c.head_dim as f64).powf(-0.5),
             dropout: c.attention_dropout,
         };
-        let y = attend(heads, [rope(&q, cos, sin), rope(&k, cos, sin), v], mask, cache, ctx);
+        let y = attend(
+            heads,
+            [rope(&q, cos, sin), rope(&k, cos, sin), v],
+            mask,
+            cache,
+            ctx,
+        );
         layer.o.forward(&y, ctx)
     }
 }
@@ -110,7 +120,10 @@ impl Layer {
         let attn = |name: &str| format!("{at}.self_attn.{name}");
         let mlp = |name: &str| format!("{at}.mlp.{name}");
         let qk_norm = match c.qk_norm {
-            true => Some((rms(w, &attn("q_norm"), d, c.eps)?, rms(w, &attn("k_norm"), d, c.eps)?)),
+            true => Some((
+                rms(w, &attn("q_norm"), d, c.eps)?,
+                rms(w, &attn("k_norm"), d, c.eps)?,
+            )),
             false => None,
         };
         Ok(Layer {
@@ -154,7 +167,10 @@ impl Decoder for Llama {
             let h = layer.input_norm.forward(&x);
             x = self.attention(&layer.attention, &h, &turn, mask, cache, ctx) + x;
             let h = layer.mlp_norm.forward(&x);
-            let (gate, up) = (layer.mlp.gate.forward(&h, ctx), layer.mlp.up.forward(&h, ctx));
+            let (gate, up) = (
+                layer.mlp.gate.forward(&h, ctx),
+                layer.mlp.up.forward(&h, ctx),
+            );
             let inner = self.config.activation.gated(&gate, &up); // [batch, seq, intermediate]
             x = layer.mlp.down.forward(&inner, ctx) + x;
         }
@@ -224,8 +240,14 @@ impl Model for Llama {
             ] {
                 visit(&format!("{at}.mlp.{name}"), Slot::Linear(linear));
             }
-            visit(&format!("{at}.input_layernorm"), Slot::Norm(&mut layer.input_norm));
-            visit(&format!("{at}.post_attention_layernorm"), Slot::Norm(&mut layer.mlp_norm));
+            visit(
+                &format!("{at}.input_layernorm"),
+                Slot::Norm(&mut layer.input_norm),
+            );
+            visit(
+                &format!("{at}.post_attention_layernorm"),
+                Slot::Norm(&mut layer.mlp_norm),
+            );
         }
         visit("model.norm", Slot::Norm(&mut self.norm));
         visit("lm_head", Slot::Linear(&mut self.head));

@@ -54,7 +54,10 @@ pub fn labelled(hidden: &Tensor, labels: &Tensor) -> (Tensor, Tensor) {
 /// Sum of cross-entropies of `head(rows)` against `targets`; rows: `[n, hidden]`, targets: `[n]`.
 pub fn head_loss(head: &Linear, rows: &Tensor, targets: &Tensor, ctx: Ctx) -> Tensor {
     if head.is_adapted() {
-        let chunks = rows.split(CHUNK, 0).into_iter().zip(targets.split(CHUNK, 0));
+        let chunks = rows
+            .split(CHUNK, 0)
+            .into_iter()
+            .zip(targets.split(CHUNK, 0));
         let losses = chunks.map(|(rows, targets)| {
             let logits = head.forward(&rows, ctx).to_kind(Kind::Float);
             logits.cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE, 0.0)

@@ -51,7 +51,10 @@ impl Source {
             return Ok(Source::Folder(path.to_owned()));
         }
         if path.is_file() {
-            if path.extension().is_some_and(|it| it.eq_ignore_ascii_case("gguf")) {
+            if path
+                .extension()
+                .is_some_and(|it| it.eq_ignore_ascii_case("gguf"))
+            {
                 return Ok(Source::Gguf(path.to_owned()));
             }
             return Err(Error::file(path, "neither a model folder nor a .gguf file"));
@@ -59,7 +62,10 @@ impl Source {
         if hub::is_id(name) {
             return hub::fetch(name).map(Source::Folder);
         }
-        Err(Error::file(path, "no such folder or file, and no hub id of the form OWNER/NAME"))
+        Err(Error::file(
+            path,
+            "no such folder or file, and no hub id of the form OWNER/NAME",
+        ))
     }
 
     /// The folder or file.

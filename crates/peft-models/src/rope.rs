@@ -50,7 +50,10 @@ impl Rope {
 
     /// Every position counts 1/factor.
     pub fn linear(theta: f64, d: i64, factor: f64) -> Rope {
-        let scaled = frequencies(theta, d).iter().map(|f| f / factor as f32).collect();
+        let scaled = frequencies(theta, d)
+            .iter()
+            .map(|f| f / factor as f32)
+            .collect();
         Rope::fixed(scaled, 1.0)
     }
 
@@ -69,7 +72,8 @@ impl Rope {
 
     /// Llama 3.1: long waves are stretched, short ones kept, with a ramp between.
     pub fn llama3(theta: f64, d: i64, factor: f64, low: f64, high: f64, original: i64) -> Rope {
-        let (low, high, factor, original) = (low as f32, high as f32, factor as f32, original as f32);
+        let (low, high, factor, original) =
+            (low as f32, high as f32, factor as f32, original as f32);
         let stretch = |f: f32| {
             let wave = 2.0 * std::f32::consts::PI / f;
             if wave < original / high {
@@ -81,7 +85,10 @@ impl Rope {
                 (1.0 - smooth) * f / factor + smooth * f
             }
         };
-        Rope::fixed(frequencies(theta, d).into_iter().map(stretch).collect(), 1.0)
+        Rope::fixed(
+            frequencies(theta, d).into_iter().map(stretch).collect(),
+            1.0,
+        )
     }
 
     /// YaRN: a ramp from kept to stretched between two numbers of turns over the original context.
@@ -95,7 +102,9 @@ impl Rope {
         truncate: bool,
     ) -> Rope {
         let dim = d as f64;
-        let turns = |n: f64| dim * (original as f64 / (n * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln());
+        let turns = |n: f64| {
+            dim * (original as f64 / (n * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln())
+        };
         let (mut low, mut high) = (turns(fast), turns(slow));
         if truncate {
             (low, high) = (low.floor(), high.ceil());

@@ -41,9 +41,16 @@ pub fn save_sharded(
     limit: u64,
 ) -> Result<()> {
     if dir.read_dir().is_ok_and(|mut it| it.next().is_some()) {
-        return Err(Error::file(dir, "exists and is not empty; choose another folder"));
+        return Err(Error::file(
+            dir,
+            "exists and is not empty; choose another folder",
+        ));
     }
-    let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = dir
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let partial = dir.with_file_name(format!(".{name}.{}.partial", std::process::id()));
     let written = fs::create_dir_all(&partial)
         .map_err(Error::io(&partial))
@@ -99,14 +106,27 @@ fn state(model: &mut dyn Decoder) -> (Vec<(String, Tensor)>, bool) {
                 tied = true;
                 return;
             }
-            let kept = if spec.transposed && !head { weight.tr() } else { weight };
+            let kept = if spec.transposed && !head {
+                weight.tr()
+            } else {
+                weight
+            };
             all.push((format!("{at}.weight"), kept));
-            all.extend(it.base().bias().map(|b| (format!("{at}.bias"), b.shallow_clone())));
+            all.extend(
+                it.base()
+                    .bias()
+                    .map(|b| (format!("{at}.bias"), b.shallow_clone())),
+            );
         }
         Slot::Norm(it) => {
             let affine = it.base();
             all.push((format!("{at}.weight"), affine.weight.shallow_clone()));
-            all.extend(affine.bias.iter().map(|b| (format!("{at}.bias"), b.shallow_clone())));
+            all.extend(
+                affine
+                    .bias
+                    .iter()
+                    .map(|b| (format!("{at}.bias"), b.shallow_clone())),
+            );
         }
         _ => {}
     });
@@ -149,7 +169,12 @@ fn write_shards(tensors: &[(String, Tensor)], dir: &Path, limit: u64) -> Result<
 fn write_file(path: &Path, tensors: &[&(String, Tensor)]) -> Result<()> {
     // The format wants wide elements first, then names in order.
     let mut order: Vec<&&(String, Tensor)> = tensors.iter().collect();
-    order.sort_by_key(|(name, t)| (std::cmp::Reverse(t.kind().elt_size_in_bytes()), name.clone()));
+    order.sort_by_key(|(name, t)| {
+        (
+            std::cmp::Reverse(t.kind().elt_size_in_bytes()),
+            name.clone(),
+        )
+    });
     let mut header = Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut end = 0;
@@ -157,7 +182,13 @@ fn write_file(path: &Path, tensors: &[&(String, Tensor)]) -> Result<()> {
         let begin = end;
         end += size(tensor);
         let dtype = dtype(tensor.kind()).ok_or_else(|| {
-            Error::file(path, format!("`{name}` is of type {:?}, which has no place here", tensor.kind()))
+            Error::file(
+                path,
+                format!(
+                    "`{name}` is of type {:?}, which has no place here",
+                    tensor.kind()
+                ),
+            )
         })?;
         header.insert(
             name.clone(),

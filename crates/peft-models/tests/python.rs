@@ -24,11 +24,18 @@ fn load(dir: &Path) -> (Box<dyn Decoder>, State) {
         ..OpenOptions::default()
     };
     let model = open(dir.to_str().expect("a path"), options).expect("a model");
-    (model, tensors::read(&dir.join("base.safetensors")).expect("numbers"))
+    (
+        model,
+        tensors::read(&dir.join("base.safetensors")).expect("numbers"),
+    )
 }
 
 fn input(state: &State, case: &str) -> Option<Input> {
-    let get = |name: &str| state.get(&format!("{case}.{name}")).map(Tensor::shallow_clone);
+    let get = |name: &str| {
+        state
+            .get(&format!("{case}.{name}"))
+            .map(Tensor::shallow_clone)
+    };
     Some(Input {
         ids: get("input_ids")?,
         attention_mask: get("attention_mask"),
@@ -53,17 +60,27 @@ fn logits_and_loss_are_pythons() {
     for dir in models() {
         let (model, state) = load(&dir);
         for case in ["plain", "right", "left", "positions", "long"] {
-            let Some(input) = input(&state, case) else { continue };
+            let Some(input) = input(&state, case) else {
+                continue;
+            };
             let got = tch::no_grad(|| model.forward(&input, Ctx::EVAL));
             let mask = input.attention_mask.as_ref();
             let off = gap(&got, &state[&format!("{case}.logits")], mask);
-            assert!(off < 1e-5, "{} {case}: logits off by {off:e}", dir.display());
+            assert!(
+                off < 1e-5,
+                "{} {case}: logits off by {off:e}",
+                dir.display()
+            );
 
             let labels = &state[&format!("{case}.labels")];
             let (sum, count) = tch::no_grad(|| causal_loss(&*model, &input, labels, Ctx::EVAL));
             let expected = state[&format!("{case}.loss")].double_value(&[]);
             let loss = sum.double_value(&[]) / count as f64;
-            assert!((loss - expected).abs() < 1e-5 * expected.abs(), "{} {case}: {loss} {expected}", dir.display());
+            assert!(
+                (loss - expected).abs() < 1e-5 * expected.abs(),
+                "{} {case}: {loss} {expected}",
+                dir.display()
+            );
         }
     }
 }
@@ -76,7 +93,9 @@ fn the_cache_changes_nothing() {
             continue; // its frequencies depend on the length of the text
         }
         for case in ["plain", "left"] {
-            let Some(input) = input(&state, case) else { continue };
+            let Some(input) = input(&state, case) else {
+                continue;
+            };
             let whole = tch::no_grad(|| model.forward(&input, Ctx::EVAL));
             let seq = input.ids.size()[1];
             let mut cache = Cache::new();
@@ -85,7 +104,10 @@ fn the_cache_changes_nothing() {
                 let narrow = |t: &Tensor| t.narrow(1, begin, len);
                 let part = Input {
                     ids: narrow(&input.ids),
-                    attention_mask: input.attention_mask.as_ref().map(|it| it.narrow(1, 0, begin + len)),
+                    attention_mask: input
+                        .attention_mask
+                        .as_ref()
+                        .map(|it| it.narrow(1, 0, begin + len)),
                     position_ids: input.position_ids.as_ref().map(narrow),
                 };
                 parts.push(tch::no_grad(|| {
@@ -93,7 +115,11 @@ fn the_cache_changes_nothing() {
                     model.head().forward(&hidden, Ctx::EVAL)
                 }));
             }
-            let off = gap(&Tensor::cat(&parts, 1), &whole, input.attention_mask.as_ref());
+            let off = gap(
+                &Tensor::cat(&parts, 1),
+                &whole,
+                input.attention_mask.as_ref(),
+            );
             assert!(off < 1e-5, "{} {case}: off by {off:e}", dir.display());
         }
     }

@@ -94,7 +94,11 @@ fn batch(t: &Tensor, groups: i64) -> Tensor {
     let size = t.size();
     let (b, n, h, d) = (size[0], size[1], size[2], size[3]);
     let mut out = Tensor::empty([b, h, groups, n, d], (Kind::Float, t.device()));
-    out.copy_(&t.transpose(1, 2).unsqueeze(2).expand([b, h, groups, n, d], false));
+    out.copy_(
+        &t.transpose(1, 2)
+            .unsqueeze(2)
+            .expand([b, h, groups, n, d], false),
+    );
     out.view([b * h * groups, n, d])
 }
 

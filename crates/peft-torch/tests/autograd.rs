@@ -84,7 +84,7 @@ fn nothing_is_kept_without_gradients_or_after_backward() {
     );
 
     let x = leaf(&[4]);
-    tch::no_grad(|| product(&x, &y, &dropped));
+    drop(tch::no_grad(|| product(&x, &y, &dropped)));
     assert_eq!(dropped.load(Ordering::SeqCst), 2, "gradients are off");
 
     let z = product(&x, &y, &dropped);

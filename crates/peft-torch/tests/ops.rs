@@ -298,23 +298,34 @@ fn attention_is_softmax_of_products() {
         (3, 77, 2, 2, 4, false, false),
     ] {
         let q = random(&[b, n, heads, d], Kind::Float);
-        let (k, v) = (random(&[b, n, kv, d], Kind::Float), random(&[b, n, kv, d], Kind::Float));
+        let (k, v) = (
+            random(&[b, n, kv, d], Kind::Float),
+            random(&[b, n, kv, d], Kind::Float),
+        );
         let mask = masked.then(|| {
             let hidden = Tensor::rand([b, 1, n, n], (Kind::Float, Device::Cpu)).gt(0.6);
             let own = Tensor::eye(n, (Kind::Bool, Device::Cpu));
             let hidden = hidden.logical_and(&own.logical_not());
-            Tensor::zeros([b, 1, n, n], (Kind::Float, Device::Cpu)).masked_fill(&hidden, f64::NEG_INFINITY)
+            Tensor::zeros([b, 1, n, n], (Kind::Float, Device::Cpu))
+                .masked_fill(&hidden, f64::NEG_INFINITY)
         });
         let plain = |t: &[Tensor]| {
-            let heads_first = |t: &Tensor, groups: i64| t.transpose(1, 2).repeat_interleave_self_int(groups, 1, None);
-            let (q, k, v) = (heads_first(&t[0], 1), heads_first(&t[1], heads / kv), heads_first(&t[2], heads / kv));
+            let heads_first = |t: &Tensor, groups: i64| {
+                t.transpose(1, 2)
+                    .repeat_interleave_self_int(groups, 1, None)
+            };
+            let (q, k, v) = (
+                heads_first(&t[0], 1),
+                heads_first(&t[1], heads / kv),
+                heads_first(&t[2], heads / kv),
+            );
             let mut z = q.matmul(&k.transpose(2, 3)) * 0.3;
             if causal {
                 let later = Tensor::ones([n, n], (Kind::Bool, Device::Cpu)).triu(1);
                 z = z.masked_fill(&later, f64::NEG_INFINITY);
             }
             if let Some(mask) = &mask {
-                z = z + mask;
+                z += mask;
             }
             z.softmax(-1, Kind::Float).matmul(&v).transpose(1, 2)
         };
