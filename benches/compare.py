@@ -190,7 +190,7 @@ class Bench:
         self.write()
 
     def write(self):
-        stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M")
+        stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
         report = {"machine": machine(), "when": stamp, "floor": self.floor, "rows": self.rows, "raw": self.raw}
         out = pathlib.Path(self.args.out)
         out.mkdir(parents=True, exist_ok=True)

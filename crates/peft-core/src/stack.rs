@@ -111,6 +111,9 @@ macro_rules! place {
 pub(crate) use place;
 
 /// Whether every number is finite; a merged weight must be.
+///
+/// A sum is finite only if all of its terms are; where it is not, it may have overflown, and each is looked at.
 pub(crate) fn finite(tensor: &tch::Tensor) -> bool {
-    tensor.isfinite().all().int64_value(&[]) != 0
+    let finite = |t: tch::Tensor| t.isfinite().all().int64_value(&[]) != 0;
+    finite(tensor.sum(tch::Kind::Float)) || finite(tensor.shallow_clone())
 }

@@ -5,6 +5,7 @@
 //! also how it is saved, so that a reader needs nothing but plain LoRA.
 
 use peft_core::{Result, State};
+use peft_torch::thin;
 use tch::{Kind, Tensor};
 
 /// Names under which an embedding leaves its factors for a tied head.
@@ -71,6 +72,20 @@ impl Factors {
             first,
             scale,
         })
+    }
+
+    /// W + ΔW, rounded once, in the strides of W; weight: `[out, in]`.
+    pub(crate) fn onto(&self, weight: &Tensor) -> Tensor {
+        let (a, b) = self.effective();
+        if weight.is_contiguous() {
+            let mut sum = weight.copy();
+            thin::add(&mut sum, &b, &a, self.scale);
+            return sum;
+        }
+        let mut sum = weight.tr().contiguous().copy();
+        let [a, b] = [a, b].map(|t| t.tr().contiguous());
+        thin::add(&mut sum, &a, &b, self.scale);
+        sum.tr()
     }
 
     /// ΔW `[out, in]` in fp32.

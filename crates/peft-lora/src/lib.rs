@@ -34,6 +34,8 @@
 //! - `lora_bias` merges into a layer without a bias by giving it one.
 //! - `ensure_weight_tying` on a model without a shared table, or without an embedding among the targets,
 //!   does nothing, as in Python.
+//! - An adapter over an embedding or head is saved without the copy of the base's own weight that Python adds
+//!   (`base_layer.weight`); Python loads it so, and we load files with the copy.
 //! - A setting that matches nothing, a token that does not exist, a pattern without a layer: errors, not warnings.
 //!
 //! # Your own network

@@ -36,7 +36,7 @@ impl LinearAdapter for Lora {
 
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
         Some(Plain {
-            weight: add(&plain.weight, &self.factors.delta()),
+            weight: self.factors.onto(&plain.weight),
             bias: merged_bias(
                 plain.bias,
                 self.bias.as_ref(),

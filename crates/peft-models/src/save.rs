@@ -11,10 +11,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use peft_core::{
-    Error, ModelExt, Result, Slot, files,
-    tensors::{Bytes, dtype},
-};
+use peft_core::{Error, ModelExt, Result, Slot, files, tensors::dtype};
+use peft_torch::memory::with_bytes;
 use serde_json::{Map, Value, json};
 use tch::Tensor;
 
@@ -202,10 +200,10 @@ fn write_file(path: &Path, tensors: &[&(String, Tensor)]) -> Result<()> {
     put(&(text.len() as u64).to_le_bytes())?;
     put(text.as_bytes())?;
     for (_, tensor) in order.iter().map(|it| (&it.0, &it.1)) {
-        put(&Bytes::of(tensor)?.bytes)?;
+        with_bytes(tensor, &mut put)?;
     }
-    file.flush().map_err(Error::io(path))?;
-    file.get_ref().sync_all().map_err(Error::io(path))
+    // Not forced to the disk: a merged model can be made again, and a kill leaves the pages with the system.
+    file.flush().map_err(Error::io(path))
 }
 
 /// How many numbers the base has, tied tables counted once.

@@ -75,6 +75,19 @@ pub fn keep_freed_blocks() {
     }
 }
 
+/// Lends the bytes of a tensor to `body`: row-major, of a copy where the tensor lies otherwise or on another device.
+///
+/// `body` must not change the tensor.
+pub fn with_bytes<T>(tensor: &Tensor, body: impl FnOnce(&[u8]) -> T) -> T {
+    let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    if len == 0 {
+        return body(&[]);
+    }
+    // SAFETY: a contiguous tensor in main memory of `len` bytes, which `tensor` keeps alive through the call.
+    body(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), len) })
+}
+
 /// A tensor over bytes that somebody else owns, without a copy.
 ///
 /// For weights in a memory-mapped file. The tensor and all its views hold
