@@ -11,7 +11,9 @@ use peft::{
 use peft_testing::{agree, distance, fixtures::Case, same_bits};
 
 const TOLERANCE: f64 = 1e-5;
-/// Python's own gradients are up to 1.8e-5 away from what it computes in fp64.
+/// All cases but one hold 1e-5. In `llama__target-regex-lookbehind`, `layers.1.self_attn.k_proj.lora_B` is 1.8e-5 from
+/// Python's: attention there is so sharp that Python's own fp32 gets up to 2.2e-5 from its fp64 once the base's weights
+/// move by one place. `fixtures/interop.py` measures that.
 const GRADIENT_TOLERANCE: f64 = 2e-5;
 
 type Check = Result<(), String>;
