@@ -7,8 +7,8 @@
 //! in [`Scale`] and the settings in [`ScaleConfig`]; the conformance suite in `tests/` says when the laws hold.
 
 use peft_core::{
-    Beneath, Common, Config, Ctx, Error, Injection, LinearAdapter, Names, Outline, Params, Plain,
-    Result, Site, SiteKind, Slot, Tuner, Unmodelled, Visit,
+    Beneath, Common, Config, Ctx, Error, Injection, LinearAdapter, LinearOp, Names, Outline, Params,
+    Plain, Result, Site, SiteKind, Slot, Tuner, Unmodelled, Visit,
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -124,7 +124,7 @@ impl LinearAdapter for Scale {
         (y * &self.s).to_kind(kind)
     }
 
-    fn merge(&self, plain: Plain) -> Option<Plain> {
+    fn merge(&self, plain: Plain, _base: &dyn LinearOp) -> Option<Plain> {
         let kind = plain.weight.kind();
         let weight = (plain.weight * self.s.unsqueeze(1)).to_kind(kind); // [out, in]
         let bias = plain.bias.map(|b| (b * &self.s).to_kind(kind)); // [out]
