@@ -2,16 +2,10 @@
 //
 // Plain loops that the compiler turns into vectors, once for each level of x86-64. float or bfloat16 in memory,
 // float in registers.
+#include "clones.h"
 #include "shim.h"
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
 
 namespace {
 typedef uint16_t bf16;

@@ -2,16 +2,10 @@
 //
 // Each number of x or y is read once for all of a tile of ranks. A tile is 4 × 4 vectors of sums in registers; what is
 // left over at the edges goes through narrower tiles of the same code. float or bfloat16 in memory, float in registers.
+#include "clones.h"
 #include "shim.h"
 #include <ATen/Parallel.h>
 #include <vector>
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
 
 namespace {
 typedef uint16_t bf16;
