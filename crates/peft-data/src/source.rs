@@ -54,6 +54,16 @@ pub(crate) const MAX_ROW: usize = 16 << 20;
 
 impl Source {
     pub(crate) fn open(path: &Path) -> Result<Self> {
+        let place = std::fs::metadata(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            source,
+        })?;
+        if place.is_dir() {
+            return Err(Error::File {
+                path: path.to_owned(),
+                what: "a folder, expected a file of rows or text".to_owned(),
+            });
+        }
         let ending = path.extension().and_then(|ending| ending.to_str());
         let ending = ending.unwrap_or_default().to_ascii_lowercase();
         let known = ENDINGS.iter().find(|(name, _)| *name == ending);
