@@ -124,3 +124,32 @@ fn the_cache_changes_nothing() {
         }
     }
 }
+
+#[test]
+fn a_real_model_gives_pythons_logits() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let dir = root.join("target/models/smollm2");
+    if !dir.exists() {
+        println!("skipped: no model in target/models/smollm2; `cargo xtask test` fetches it");
+        return;
+    }
+    let state = tensors::read(&root.join("fixtures/smollm2.safetensors")).expect("numbers");
+    let options = OpenOptions {
+        kind: Some(Kind::Float),
+        ..OpenOptions::default()
+    };
+    let model = open(dir.to_str().expect("a path"), options).expect("a model");
+    for prompt in ["prompt0", "prompt1", "prompt2"] {
+        let get = |name: &str| &state[&format!("{prompt}.{name}")];
+        let input = Input::new(get("input_ids").shallow_clone());
+        let logits = tch::no_grad(|| model.forward(&input, Ctx::EVAL)).squeeze_dim(0); // [seq, vocab]
+        let chosen = logits
+            .index_select(0, &get("positions").to_kind(Kind::Int64))
+            .index_select(1, &state["ids"].to_kind(Kind::Int64));
+        let sums = logits.logsumexp(-1, false);
+        for (got, name) in [(chosen, "chosen_logits"), (sums, "logsumexp")] {
+            let off = (got - get(name)).abs().max().double_value(&[]);
+            assert!(off < 1e-3, "{prompt} {name}: off by {off:e}");
+        }
+    }
+}
