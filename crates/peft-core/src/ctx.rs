@@ -1,16 +1,36 @@
 //! What is told to a forward pass besides its tensors.
 
+use crate::Rows;
+
 /// What a forward pass needs to know besides its tensors. Passed, never stored:
 /// a dropout that is on in evaluation is a bug that nobody sees.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Ctx {
+#[derive(Debug, Clone, Copy)]
+pub struct Ctx<'a> {
     /// Dropout and friends are active.
     pub train: bool,
+    /// The rows of the batch go through different adapters; `None`: all through those that are switched on.
+    pub rows: Option<&'a Rows>,
 }
 
-impl Ctx {
+impl Ctx<'_> {
     /// Training mode.
-    pub const TRAIN: Ctx = Ctx { train: true };
+    pub const TRAIN: Ctx<'static> = Ctx {
+        train: true,
+        rows: None,
+    };
     /// Evaluation mode.
-    pub const EVAL: Ctx = Ctx { train: false };
+    pub const EVAL: Ctx<'static> = Ctx {
+        train: false,
+        rows: None,
+    };
+}
+
+impl<'a> Ctx<'a> {
+    /// Evaluation of a batch whose rows use different adapters.
+    pub fn mixed(rows: &'a Rows) -> Ctx<'a> {
+        Ctx {
+            train: false,
+            rows: Some(rows),
+        }
+    }
 }

@@ -5,7 +5,7 @@ use std::fmt;
 use tch::{Device, Tensor};
 
 use crate::{
-    Ctx, Error, Params, Result,
+    BASE, Ctx, Error, Params, Result,
     stack::{Attached, Stack, finite, place},
 };
 
@@ -24,7 +24,9 @@ pub trait EmbeddingAdapter: Params + fmt::Debug + Send {
 pub struct BeneathEmbedding<'a> {
     base: &'a Tensor,
     adapters: &'a [Attached<dyn EmbeddingAdapter>],
-    ctx: Ctx,
+    ctx: Ctx<'a>,
+    /// Of all adapters only those of this name are at work.
+    only: Option<&'a str>,
 }
 
 impl<'a> BeneathEmbedding<'a> {
@@ -42,7 +44,7 @@ impl<'a> BeneathEmbedding<'a> {
             adapters: rest,
             ..self
         };
-        if top.on {
+        if top.works(self.only) {
             top.adapter.forward(ids, beneath, self.ctx)
         } else {
             beneath.forward(ids)
@@ -51,7 +53,7 @@ impl<'a> BeneathEmbedding<'a> {
 
     /// The table `[vocab, hidden]`, with the active adapters beneath where they have a weight form.
     pub fn weight(self) -> Tensor {
-        let active = self.adapters.iter().filter(|it| it.on);
+        let active = self.adapters.iter().filter(|it| it.works(self.only));
         active.fold(self.base.shallow_clone(), |w, it| {
             it.adapter.merge(w.shallow_clone(), self.base).unwrap_or(w)
         })
@@ -85,9 +87,19 @@ impl Embedding {
         let whole = BeneathEmbedding {
             base: &self.base,
             adapters,
-            ctx,
+            ctx: Ctx { rows: None, ..ctx },
+            only: None,
         };
-        whole.forward(ids)
+        let Some(rows) = ctx.rows else {
+            return whole.forward(ids);
+        };
+        rows.apply([ids], |name, [ids]| {
+            let alone = BeneathEmbedding {
+                only: Some(name.unwrap_or(BASE)),
+                ..whole
+            };
+            alone.forward(&ids)
+        })
     }
 
     /// The frozen table `[vocab, hidden]`; after a merge, the merged one.

@@ -9,7 +9,7 @@
 //! - a **base format** says how the weight of a linear layer is kept and multiplied
 //!   ([`LinearOp`]: dense, quantised, …) and where weights come from ([`Weights`]);
 //! - a **method** is a configuration ([`Tuner`], [`Config`]) that puts an adapter
-//!   ([`LinearAdapter`], [`EmbeddingAdapter`], [`NormAdapter`]) on the places it wants.
+//!   ([`LinearAdapter`], [`EmbeddingAdapter`], [`NormAdapter`], [`PromptAdapter`]) on the places it wants.
 //!
 //! An adapter sees the layer without itself as [`Beneath`]. That may be dense,
 //! quantised or already adapted, and it cannot tell: hence methods × formats
@@ -38,7 +38,11 @@ mod linear;
 mod model;
 mod norm;
 mod params;
+mod prompt;
 mod registry;
+mod rows;
+mod saved;
+mod selection;
 mod stack;
 mod store;
 mod targets;
@@ -52,8 +56,12 @@ pub use linear::{Beneath, Dense, Linear, LinearAdapter, LinearOp, Plain, Weights
 pub use model::{Model, ModelExt, Slot, Spec};
 pub use norm::{Affine, Norm, NormAdapter, NormKind};
 pub use params::{Param, Params, Visit};
+pub use prompt::{Ahead, PromptAdapter, PromptSlot};
 pub use registry::{Common, Config, Registry, Unmodelled, parse};
+pub use rows::{BASE, Rows};
+pub use saved::{BIASES, Saved, Shift, save_whole};
+pub use selection::{Layers, Selection, default_targets, with_heads};
 pub use store::Adapter;
 pub use targets::{Names, Pattern, Targets, fullmatch, pattern_value, suffix_match};
 pub use tensors::State;
-pub use tuner::{Injection, Outline, Site, SiteKind, Tuner};
+pub use tuner::{Injection, Outline, Site, SiteKind, Start, Tuner};

@@ -9,7 +9,7 @@ use std::fmt;
 use tch::{Device, Tensor};
 
 use crate::{
-    Ctx, Error, Params, Result,
+    Ctx, Error, Params, Result, Rows,
     stack::{Attached, Stack, finite, place},
 };
 
@@ -66,7 +66,11 @@ pub trait LinearAdapter: Params + fmt::Debug + Send {
 pub struct Beneath<'a> {
     base: &'a dyn LinearOp,
     adapters: &'a [Attached<dyn LinearAdapter>],
-    ctx: Ctx,
+    ctx: Ctx<'a>,
+    /// Of all adapters only those of this name are at work.
+    only: Option<&'a str>,
+    /// An input for which the base has given its output already.
+    ready: Option<(&'a Tensor, &'a Tensor)>,
 }
 
 impl<'a> Beneath<'a> {
@@ -78,22 +82,56 @@ impl<'a> Beneath<'a> {
     /// x: `[.., in] -> [.., out]`. The result is fresh memory: the caller may add to it in place.
     pub fn forward(self, x: &Tensor) -> Tensor {
         let Some((top, rest)) = self.adapters.split_last() else {
-            return self.base.forward(x);
+            return self.of_base(x);
         };
         let beneath = Beneath {
             adapters: rest,
             ..self
         };
-        if top.on {
+        if top.works(self.only) {
             top.adapter.forward(x, beneath, self.ctx)
         } else {
             beneath.forward(x)
         }
     }
 
+    /// Each row of a mixed batch through its own adapter, the base once over all of them; x: `[rows, .., in]`.
+    fn by_rows(self, x: &Tensor, rows: &Rows) -> Tensor {
+        let y = self.base.forward(x);
+        rows.apply([x, &y], |name, [x, y]| {
+            let has = |name: &str| self.adapters.iter().any(|it| it.name == name);
+            match name.filter(|name| has(name)) {
+                None => y,
+                Some(name) => {
+                    let alone = Beneath {
+                        ctx: Ctx {
+                            rows: None,
+                            ..self.ctx
+                        },
+                        only: Some(name),
+                        ready: Some((&x, &y)),
+                        ..self
+                    };
+                    alone.forward(&x)
+                }
+            }
+        })
+    }
+
+    fn of_base(self, x: &Tensor) -> Tensor {
+        match self.ready {
+            Some((input, output))
+                if input.data_ptr() == x.data_ptr() && input.size() == x.size() =>
+            {
+                output.copy()
+            }
+            _ => self.base.forward(x),
+        }
+    }
+
     /// In dense form, with the active adapters beneath where they have a weight form.
     pub fn plain(self) -> Plain {
-        let active = self.adapters.iter().filter(|it| it.on);
+        let active = self.adapters.iter().filter(|it| it.works(self.only));
         active.fold(plain(self.base), |p, it| {
             it.adapter.merge(p.clone(), self.base).unwrap_or(p)
         })
@@ -101,7 +139,7 @@ impl<'a> Beneath<'a> {
 
     /// The bias of the layer, as the active adapters beneath leave it.
     pub fn bias(self) -> Option<Tensor> {
-        if self.adapters.iter().any(|it| it.on) {
+        if self.adapters.iter().any(|it| it.works(self.only)) {
             self.plain().bias
         } else {
             self.base.bias().map(Tensor::shallow_clone)
@@ -191,8 +229,14 @@ impl Linear {
             base: &*self.base,
             adapters,
             ctx,
+            only: None,
+            ready: None,
         };
-        whole.forward(x)
+        match ctx.rows {
+            None => whole.forward(x),
+            Some(_) if adapters.is_empty() => self.base.forward(x),
+            Some(rows) => whole.by_rows(x, rows),
+        }
     }
 
     /// The frozen base; after a merge, the merged one.

@@ -6,8 +6,8 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    Embedding, Error, Injection, Linear, Norm, Outline, Param, Result, Site, SiteKind, State,
-    Tuner, Visit, nearest, stack::Place,
+    Embedding, Error, Injection, Linear, Norm, Outline, Param, PromptSlot, Result, Site, SiteKind,
+    Start, State, Tuner, Visit, nearest, stack::Place,
 };
 
 /// What a method may need to know of a model besides its places.
@@ -19,8 +19,10 @@ pub struct Spec {
     pub model_type: String,
     /// Width of the residual stream.
     pub hidden: i64,
-    /// Number of blocks.
+    /// Number of blocks; of the decoder, where there is an encoder too.
     pub layers: usize,
+    /// Heads of queries.
+    pub heads: i64,
     /// Heads of keys and values.
     pub kv_heads: i64,
     /// Width of one head.
@@ -33,6 +35,10 @@ pub struct Spec {
     pub tied: bool,
     /// Linear layers are kept `[in, out]`: what `fan_in_fan_out` says on disk.
     pub transposed: bool,
+    /// An encoder reads, a decoder writes.
+    pub encoder_decoder: bool,
+    /// The place, or the module of several places, of the head for a task other than language modelling.
+    pub task_head: Option<String>,
 }
 
 /// A named place where a method can act.
@@ -45,6 +51,8 @@ pub enum Slot<'a> {
     Embedding(&'a mut Embedding),
     /// A norm.
     Norm(&'a mut Norm),
+    /// Where virtual tokens go.
+    Prompt(&'a mut PromptSlot),
 }
 
 impl Slot<'_> {
@@ -53,6 +61,7 @@ impl Slot<'_> {
             Slot::Linear(it) => *it,
             Slot::Embedding(it) => *it,
             Slot::Norm(it) => *it,
+            Slot::Prompt(it) => *it,
         }
     }
 
@@ -78,6 +87,7 @@ impl Slot<'_> {
                     false,
                 )
             }
+            Slot::Prompt(it) => (SiteKind::Prompt, it.words().size(), false, false),
         };
         let mut held = Vec::new();
         for (name, _) in self.place().names() {
@@ -99,8 +109,8 @@ impl Slot<'_> {
 pub trait Model: Send {
     /// What methods may decide by.
     fn spec(&self) -> Spec;
-    /// Visits every place with the name that `named_modules()` gives it in Python, in that order:
-    /// the input embedding first.
+    /// Visits every place with the name that `named_modules()` gives it in Python, in that order: the place of virtual
+    /// tokens first, whose name is empty, then the input embedding.
     fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>));
 }
 
@@ -122,6 +132,11 @@ pub trait ModelExt: Model {
 
     /// Dresses the model with a configured method under a name. An error leaves the model as it was.
     fn inject(&mut self, name: &str, tuner: &dyn Tuner) -> Result<()> {
+        self.dress(name, tuner, Start::Fresh)
+    }
+
+    /// [`ModelExt::inject`], with parameters that begin as `start` says.
+    fn dress(&mut self, name: &str, tuner: &dyn Tuner, start: Start) -> Result<()> {
         let fault = |why: &str| Error::Name {
             name: name.to_owned(),
             why: why.to_owned(),
@@ -145,6 +160,7 @@ pub trait ModelExt: Model {
             name,
             outline: &outline,
             shared: State::new(),
+            start,
         };
         let mut result = Ok(());
         self.slots(&mut |at, slot| {
@@ -171,16 +187,30 @@ pub trait ModelExt: Model {
         all
     }
 
+    /// An error that names the nearest where there is no adapter of this name.
+    fn known(&mut self, name: &str) -> Result<()> {
+        let all = self.adapters();
+        if all.iter().any(|(it, _)| it == name) {
+            return Ok(());
+        }
+        let hint = nearest(name, all.iter().map(|(it, _)| it.as_str()));
+        let names: Vec<&String> = all.iter().map(|(it, _)| it).collect();
+        Err(Error::Name {
+            name: name.to_owned(),
+            why: format!("not on this model, which has {names:?}{hint}"),
+        })
+    }
+
     /// Switches an adapter on or off. Any number may be on: their effects add up.
     fn switch(&mut self, name: &str, on: bool) -> Result<()> {
-        known(self, name)?;
+        self.known(name)?;
         each(self, &mut |_, place| place.switch(name, on));
         Ok(())
     }
 
     /// Switches one adapter on and all others off.
     fn activate(&mut self, name: &str) -> Result<()> {
-        known(self, name)?;
+        self.known(name)?;
         each(self, &mut |_, place| {
             for (it, _) in place.names() {
                 place.switch(&it, it == name);
@@ -208,7 +238,7 @@ pub trait ModelExt: Model {
 
     /// Removes an adapter.
     fn delete(&mut self, name: &str) -> Result<()> {
-        known(self, name)?;
+        self.known(name)?;
         if self.merged() {
             return Err(Error::Name {
                 name: name.to_owned(),
@@ -323,19 +353,6 @@ fn collect<M: Model + ?Sized>(
     all
 }
 
-fn known<M: Model + ?Sized>(model: &mut M, name: &str) -> Result<()> {
-    let all = model.adapters();
-    if all.iter().any(|(it, _)| it == name) {
-        return Ok(());
-    }
-    let hint = nearest(name, all.iter().map(|(it, _)| it.as_str()));
-    let names: Vec<&String> = all.iter().map(|(it, _)| it).collect();
-    Err(Error::Name {
-        name: name.to_owned(),
-        why: format!("not on this model, which has {names:?}{hint}"),
-    })
-}
-
 fn plan(outline: &Outline, tuner: &dyn Tuner) -> Result<Vec<Site>> {
     let mut chosen = Vec::new();
     for site in &outline.sites {
@@ -344,7 +361,8 @@ fn plan(outline: &Outline, tuner: &dyn Tuner) -> Result<Vec<Site>> {
         }
     }
     if chosen.is_empty() {
-        let names = outline.sites.iter().map(|site| site.at.clone());
+        let named = outline.sites.iter().filter(|site| !site.at.is_empty());
+        let names = named.map(|site| site.at.clone());
         return Err(Error::NoTarget {
             what: format!("the {} configuration", tuner.peft_type()),
             examples: names.take(4).collect(),

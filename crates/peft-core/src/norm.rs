@@ -5,7 +5,7 @@ use std::fmt;
 use tch::Tensor;
 
 use crate::{
-    Error, Params, Result,
+    BASE, Ctx, Error, Params, Result,
     stack::{Stack, finite, place},
 };
 
@@ -65,8 +65,16 @@ impl Norm {
     }
 
     /// x: `[.., hidden] -> [.., hidden]`
-    pub fn forward(&self, x: &Tensor) -> Tensor {
-        let Affine { weight, bias } = self.effective();
+    pub fn forward(&self, x: &Tensor, ctx: Ctx) -> Tensor {
+        match ctx.rows {
+            Some(rows) if !self.adapters.all().is_empty() => rows.apply([x], |name, [x]| {
+                self.normed(&x, self.effective(Some(name.unwrap_or(BASE))))
+            }),
+            _ => self.normed(x, self.effective(None)),
+        }
+    }
+
+    fn normed(&self, x: &Tensor, Affine { weight, bias }: Affine) -> Tensor {
         match self.kind {
             NormKind::Rms => peft_torch::rms_norm(x, &weight, self.eps),
             NormKind::Layer => {
@@ -85,18 +93,19 @@ impl Norm {
         self.adapters.push(name, adapter);
     }
 
-    fn effective(&self) -> Affine {
+    /// The vectors with the active adapters, or with those of one name alone.
+    fn effective(&self, only: Option<&str>) -> Affine {
         match self.original {
             Some(_) => self.base.clone(),
             None => {
-                let active = self.adapters.active();
-                active.fold(self.base.clone(), |a, it| it.affine(a))
+                let active = self.adapters.all().iter().filter(|it| it.works(only));
+                active.fold(self.base.clone(), |a, it| it.adapter.affine(a))
             }
         }
     }
 
     fn baked(&self, at: &str) -> Result<Affine> {
-        let Affine { weight, bias } = self.effective();
+        let Affine { weight, bias } = self.effective(None);
         if finite(&weight) && bias.as_ref().is_none_or(finite) {
             return Ok(Affine {
                 weight: weight.detach().copy(),

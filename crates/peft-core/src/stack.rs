@@ -9,6 +9,13 @@ pub(crate) struct Attached<A: ?Sized> {
     pub(crate) adapter: Box<A>,
 }
 
+impl<A: ?Sized> Attached<A> {
+    /// Whether it is at work: switched on, or the one that a row of a mixed batch names.
+    pub(crate) fn works(&self, only: Option<&str>) -> bool {
+        only.map_or(self.on, |name| self.name == name)
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Stack<A: ?Sized>(Vec<Attached<A>>);
 

@@ -11,13 +11,16 @@ use std::{
 use tch::Tensor;
 
 use crate::{
-    Error, Model, ModelExt, Registry, Result, Slot, State, Tuner, files, nearest, tensors,
+    Error, Model, ModelExt, Param, Registry, Result, Slot, Start, State, Tuner, files, nearest,
+    tensors,
 };
 
 /// On-disk name of the configuration.
 const CONFIG: &str = "adapter_config.json";
 /// On-disk name of the tensors.
 const WEIGHTS: &str = "adapter_model.safetensors";
+/// On-disk name of what is trained, where the file of the tensors does not hold it: our own, which Python passes over.
+const TRAINED: &str = "trainable_state.safetensors";
 
 /// A method's configuration and tensors, apart from any model: what an adapter folder holds.
 #[derive(Debug)]
@@ -26,6 +29,9 @@ pub struct Adapter {
     pub tuner: Box<dyn Tuner>,
     /// Its tensors by on-disk key.
     pub state: State,
+    /// What is trained, by the names of Python's live model, where `state` is computed from it: an encoder of virtual
+    /// tokens. With it training can go on, which Python cannot.
+    pub trained: State,
     /// Where it came from, for messages.
     pub source: PathBuf,
 }
@@ -51,9 +57,15 @@ impl Adapter {
             return Err(Error::file(&dir.join("adapter_model.bin"), reason));
         }
         let state = tensors::read(&source)?;
+        let more = dir.join(TRAINED);
+        let trained = match more.exists() {
+            true => tensors::read(&more)?,
+            false => State::new(),
+        };
         Ok(Adapter {
             tuner,
             state,
+            trained,
             source,
         })
     }
@@ -61,21 +73,35 @@ impl Adapter {
     /// Writes the folder. Each file is there whole or not at all.
     pub fn save(&self, dir: &Path) -> Result<()> {
         tensors::write(&dir.join(WEIGHTS), &self.state)?;
+        if !self.trained.is_empty() {
+            tensors::write(&dir.join(TRAINED), &self.trained)?;
+        }
         files::write_json(&dir.join(CONFIG), &self.tuner.to_json())
     }
 
     /// Takes the parameters called `name` out of a dressed model.
     pub fn of(name: &str, tuner: &dyn Tuner, model: &mut dyn Model) -> Result<Adapter> {
         let resolved = tuner.resolve(&model.outline())?;
-        let tuner = resolved.saved().unwrap_or(resolved);
+        let copy = |t: &Tensor| tch::no_grad(|| t.detach().copy());
         let mut state = State::new();
-        for param in model.saved(name) {
-            let key = tuner.key(&param.at, &param.name);
-            state.insert(key, tch::no_grad(|| param.tensor.detach().copy()));
+        let mut trained = State::new();
+        let saved = tch::no_grad(|| model.saved(name));
+        let kept = |it: &Param| saved.iter().any(|s| (&s.at, &s.name) == (&it.at, &it.name));
+        let computed = resolved.saved().is_none() && !model.trainable(name).iter().all(kept);
+        if computed {
+            for param in model.params(name).iter().filter(|it| !kept(it)) {
+                let key = resolved.live_key(&param.at, &param.name);
+                trained.insert(key, copy(&param.tensor));
+            }
+        }
+        let tuner = resolved.saved().unwrap_or(resolved);
+        for param in &saved {
+            state.insert(tuner.key(&param.at, &param.name), copy(&param.tensor));
         }
         Ok(Adapter {
             tuner,
             state,
+            trained,
             source: PathBuf::from(WEIGHTS),
         })
     }
@@ -86,12 +112,59 @@ impl Adapter {
     /// keys of `peft` are those with the adapter's name inside (`lora_A.default.weight`) and with a `.weight`
     /// behind a bare parameter, and copies of base embeddings that equal the base.
     pub fn apply(&self, name: &str, model: &mut dyn Model) -> Result<()> {
-        model.inject(name, &*self.tuner)?;
+        model.dress(name, &*self.tuner, Start::Saved)?;
         let filled = self.fill(name, model);
         if filled.is_err() {
             model.delete(name)?;
         }
         filled
+    }
+
+    /// [`Adapter::apply`] for training to go on: with the encoder, where the method has one.
+    ///
+    /// Python's files do not hold an encoder; they are refused with the name of what is missing.
+    pub fn resume(&self, name: &str, model: &mut dyn Model) -> Result<()> {
+        model.dress(name, &*self.tuner, Start::Resumed)?;
+        let filled = match self.trained.is_empty() {
+            true => self.fill(name, model),
+            false => self.fill_trained(name, model),
+        };
+        if filled.is_err() {
+            model.delete(name)?;
+        }
+        filled
+    }
+
+    fn fill_trained(&self, name: &str, model: &mut dyn Model) -> Result<()> {
+        let tuner = self.tuner.resolve(&model.outline())?;
+        let missing = |key: String| Error::Missing {
+            place: self.source.with_file_name(TRAINED).display().to_string(),
+            hint: nearest(&key, self.trained.keys().map(String::as_str)),
+            key,
+        };
+        let mut pairs = Vec::new();
+        for param in model.params(name) {
+            let (live, key) = (
+                tuner.live_key(&param.at, &param.name),
+                tuner.key(&param.at, &param.name),
+            );
+            let value = self.trained.get(&live).or_else(|| self.state.get(&key));
+            let value = value.ok_or_else(|| missing(live.clone()))?;
+            if value.size() != param.tensor.size() {
+                return Err(Error::Shape {
+                    key: live,
+                    expected: param.tensor.size(),
+                    got: value.size(),
+                });
+            }
+            pairs.push((param.tensor, value));
+        }
+        tch::no_grad(|| {
+            for (mut param, value) in pairs {
+                param.f_copy_(value)?;
+            }
+            Ok(())
+        })
     }
 
     /// Fills the parameters called `name`, which the model has already.
@@ -180,7 +253,7 @@ fn copies_base(tuner: &dyn Tuner, model: &mut dyn Model, key: &str, tensor: &Ten
             let base = match slot {
                 Slot::Embedding(it) => it.weight().shallow_clone(),
                 Slot::Linear(it) => it.base().weight(),
-                Slot::Norm(_) => return,
+                Slot::Norm(_) | Slot::Prompt(_) => return,
             };
             same = base.size() == tensor.size() && base.equal(&tensor.to_kind(base.kind()));
         }

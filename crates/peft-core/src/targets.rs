@@ -42,23 +42,38 @@ impl Names {
         }
     }
 
+    /// Whether there is nothing in it.
+    pub fn is_empty(&self) -> bool {
+        match self {
+            Names::List(list) => list.is_empty(),
+            Names::Regex(text) => text.is_empty(),
+        }
+    }
+
     /// The keyword `all-linear`, in any capitals.
     pub fn is_all_linear(&self) -> bool {
         matches!(self, Names::Regex(word) if word.eq_ignore_ascii_case("all-linear"))
     }
 
-    /// `all-linear` spelt out: every linear layer but the output embedding; anything else as it is.
+    /// `all-linear` spelt out: every linear layer but the output embedding and a classifier's head; anything else as it is.
     ///
     /// Twenty names and more are replaced by the fewest suffixes that name the same places, as `peft` saves them.
     pub fn expand(&self, outline: &Outline) -> Names {
         if !self.is_all_linear() {
             return self.clone();
         }
-        let output = outline.spec.output_embedding.as_deref();
+        let spec = &outline.spec;
+        let is_head = |at: &str| {
+            spec.output_embedding.as_deref() == Some(at)
+                || spec
+                    .task_head
+                    .as_deref()
+                    .is_some_and(|head| at == head || at.starts_with(&format!("{head}.")))
+        };
         let (chosen, others): (Vec<_>, Vec<_>) = outline
             .sites
             .iter()
-            .partition(|it| it.kind == SiteKind::Linear && Some(it.at.as_str()) != output);
+            .partition(|it| it.kind == SiteKind::Linear && !is_head(&it.at));
         let names: Vec<&str> = chosen.iter().map(|it| it.at.as_str()).collect();
         let others: Vec<&str> = others.iter().map(|it| it.at.as_str()).collect();
         if names.len() < 20 {

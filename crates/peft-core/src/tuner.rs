@@ -19,6 +19,8 @@ pub enum SiteKind {
     Embedding,
     /// [`Slot::Norm`]
     Norm,
+    /// [`Slot::Prompt`]
+    Prompt,
 }
 
 /// One place of a model, described.
@@ -28,7 +30,7 @@ pub struct Site {
     pub at: String,
     /// What it is.
     pub kind: SiteKind,
-    /// Linear: `[out, in]`; embedding: `[vocab, hidden]`; norm: `[hidden]`.
+    /// Linear: `[out, in]`; embedding: `[vocab, hidden]`; norm: `[hidden]`; virtual tokens: the input embedding's.
     pub shape: Vec<i64>,
     /// It has a bias.
     pub bias: bool,
@@ -54,6 +56,18 @@ impl Outline {
     }
 }
 
+/// With what the parameters of an adapter begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// With the method's own initialisation.
+    Fresh,
+    /// With the tensors of an adapter file, which are put in next. A method whose file holds less than what it trains
+    /// (virtual tokens that an encoder computes) attaches what the file can fill.
+    Saved,
+    /// With everything that it trains, which is put in next: training goes on.
+    Resumed,
+}
+
 /// One injection under way: shared by all the places that one method attaches to.
 #[derive(Debug)]
 pub struct Injection<'a> {
@@ -63,6 +77,8 @@ pub struct Injection<'a> {
     pub outline: &'a Outline,
     /// Tensors that several places share, by a name of the method's own.
     pub shared: State,
+    /// With what the parameters begin.
+    pub start: Start,
 }
 
 /// A configured method, ready to dress a model.
@@ -91,5 +107,10 @@ pub trait Tuner: fmt::Debug + Send {
     /// The key of a parameter on disk. The default is what Python's `peft` writes for weight-space methods.
     fn key(&self, at: &str, param: &str) -> String {
         format!("base_model.model.{at}.{param}")
+    }
+
+    /// The name of a parameter in Python's live model, without the adapter's name: `prompt_encoder.embedding.weight`.
+    fn live_key(&self, at: &str, param: &str) -> String {
+        self.key(at, param)
     }
 }

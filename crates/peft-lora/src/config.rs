@@ -6,7 +6,7 @@
 //! error that names it.
 
 use indexmap::IndexMap;
-use peft_core::{Common, Config, Error, Names, Pattern, Result, Unmodelled};
+use peft_core::{Common, Config, Error, Layers, Names, Pattern, Result, Unmodelled};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use serde_json::Value;
 
@@ -154,15 +154,7 @@ impl Config for LoraConfig {
         must((0.0..1.0).contains(&self.lora_dropout), &|| {
             format!("lora_dropout is {} and not in 0..1", self.lora_dropout)
         })?;
-        let regex = matches!(self.target_modules, Some(Names::Regex(_)));
-        let blocks = self.layers_to_transform.is_some() || self.layers_pattern.is_some();
-        must(!(regex && blocks), &|| {
-            "layers_to_transform and layers_pattern need target_modules as a list: an expression says itself which blocks it means".to_owned()
-        })?;
-        let pattern = self.layers_pattern.as_ref().is_some_and(|it| !empty(it));
-        must(!pattern || self.layers_to_transform.is_some(), &|| {
-            "layers_pattern says where the numbers of layers_to_transform stand, and that is not set".to_owned()
-        })?;
+        self.selection().check(LoraConfig::PEFT_TYPE)?;
         let plain = matches!(self.init_lora_weights, Init::Kaiming | Init::Random);
         must(!self.lora_bias || plain, &|| {
             "lora_bias goes with init_lora_weights true or false only".to_owned()
@@ -177,23 +169,10 @@ impl Config for LoraConfig {
 impl LoraConfig {
     /// Compiles every regular expression once, so that a bad one is found before a model is there.
     fn check_expressions(&self) -> Result<()> {
-        for names in [&self.target_modules, &self.exclude_modules]
-            .into_iter()
-            .flatten()
-        {
-            names.matches("")?;
-        }
         for key in self.rank_pattern.keys().chain(self.alpha_pattern.keys()) {
             Pattern::new(&format!("(?:{key})"), key)?;
         }
         Ok(())
-    }
-}
-
-pub(crate) fn empty(names: &Names) -> bool {
-    match names {
-        Names::List(list) => list.is_empty(),
-        Names::Regex(text) => text.is_empty(),
     }
 }
 
@@ -208,26 +187,6 @@ pub enum Bias {
     All,
     /// Those of the target layers.
     LoraOnly,
-}
-
-/// One block or several: `layers_to_transform`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Layers {
-    /// One block.
-    One(i64),
-    /// Several; an empty list means all.
-    Many(Vec<i64>),
-}
-
-impl Layers {
-    /// The blocks.
-    pub fn list(&self) -> &[i64] {
-        match self {
-            Layers::One(one) => std::slice::from_ref(one),
-            Layers::Many(many) => many,
-        }
-    }
 }
 
 /// Rows of embeddings: `trainable_token_indices`.

@@ -98,28 +98,6 @@ impl Function for LowRank {
     }
 }
 
-/// `y + row`; y is used up. y: `[.., out]`, row: `[out]`.
-pub(crate) fn add_row(y: Tensor, row: &Tensor) -> Tensor {
-    let [sum] = apply(&[&y, row], || {
-        ([y.detach().g_add_(row)], AddRow(row.kind()))
-    });
-    sum
-}
-
-struct AddRow(Kind);
-
-impl Function for AddRow {
-    fn backward(
-        &self,
-        grads: &[Option<Tensor>],
-        _: &[bool],
-    ) -> Result<Vec<Option<Tensor>>, TchError> {
-        let rows = |g: &Tensor| thin::rows(g).sum_dim_intlist([0i64].as_slice(), false, self.0);
-        let g = grads[0].as_ref();
-        Ok(vec![g.map(Tensor::shallow_clone), g.map(rows)])
-    }
-}
-
 /// y with some of its columns replaced; y is used up. y: `[.., out]`, at: `[n]`, columns: `[.., n]`.
 pub(crate) fn replace_columns(y: Tensor, at: &Tensor, columns: &Tensor) -> Tensor {
     let [y] = apply(&[&y, columns], || {

@@ -20,9 +20,9 @@
 //! | `use_dora` | magnitude and direction, 2402.09353 | `dora.rs` |
 //! | embeddings as targets | factors that are looked up | `embedding.rs` |
 //! | `init_lora_weights` | PiSSA 2404.02948, OLoRA 2406.01775, … | `init.rs`, `factors.rs` |
-//! | `modules_to_save`, `bias` | parts of the base, trained whole | `saved.rs` |
+//! | `modules_to_save`, `bias` | parts of the base, trained whole | `saved.rs` of `peft-core` |
 //! | `trainable_token_indices` | rows of the embedding | `tokens.rs` |
-//! | `target_modules` and all that selects | Python's matching | `plan.rs`, `tables.rs` |
+//! | `target_modules` and all that selects | Python's matching | `selection.rs` of `peft-core`, `plan.rs`, `tables.rs` |
 //!
 //! # Where this differs from Python
 //!
@@ -77,10 +77,10 @@ mod in_place;
 mod init;
 mod lora;
 mod plan;
-mod saved;
 mod tables;
 mod tokens;
 mod tuner;
 
-pub use config::{Bias, Init, Layers, LoraConfig, Tokens};
+pub use config::{Bias, Init, LoraConfig, Tokens};
+pub use peft_core::Layers;
 pub use tables::default_targets;

@@ -10,14 +10,11 @@
 //! error with the nearest real name.
 
 use peft_core::{
-    Error, Names, Outline, Pattern, Result, Site, SiteKind, Spec, closest, fullmatch, nearest,
-    pattern_value, suffix_match,
+    BIASES, Error, Names, Outline, Pattern, Result, Selection, Site, SiteKind, Spec, closest,
+    fullmatch, nearest, pattern_value, suffix_match, with_heads,
 };
 
-use crate::{
-    config::{Bias, Init, LoraConfig, Tokens, empty},
-    saved::BIASES,
-};
+use crate::config::{Bias, Init, LoraConfig, Tokens};
 
 /// Whose tensors a place uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +47,6 @@ enum Tie {
 
 /// The names by which Python recognises embeddings when it ties them.
 const EMBEDDINGS: [&str; 2] = ["embed_tokens", "lm_head"];
-/// Heads that Python adds to `modules_to_save` by the task; a model has one of them.
-const HEADS: [&str; 3] = ["classifier", "score", "qa_outputs"];
 
 impl LoraConfig {
     /// What is done at `site`.
@@ -61,12 +56,12 @@ impl LoraConfig {
         let head = spec.tied && spec.output_embedding.as_deref() == Some(site.at.as_str());
         let save = match tie {
             Some(Tie::Save) if head => Some(Owner::Embedding),
-            _ => self.saves(&site.at).then_some(Owner::Own),
+            _ => self.selection().saves(&site.at).then_some(Owner::Own),
         };
         let lora = match tie {
-            _ if save.is_some() || site.kind == SiteKind::Norm => None,
+            _ if save.is_some() || !fits(site) => None,
             Some(Tie::Target) if head => Some(Owner::Embedding),
-            _ => self.targets(&site.at)?.then_some(Owner::Own),
+            _ => self.selection().targets(&site.at)?.then_some(Owner::Own),
         };
         let bias = match self.bias {
             Bias::None => false,
@@ -88,70 +83,15 @@ impl LoraConfig {
         Ok((r, self.scale(r, alpha)))
     }
 
-    /// Whether `modules_to_save` names this place or a module that it is in.
-    fn saves(&self, at: &str) -> bool {
-        self.modules_to_save
-            .iter()
-            .flatten()
-            .any(|entry| saves(entry, at))
-    }
-
-    fn excluded(&self, at: &str) -> Result<bool> {
-        match &self.exclude_modules {
-            Some(names) if !empty(names) => names.matches(at),
-            _ => Ok(false),
+    /// Which places, by Python's rules.
+    pub(crate) fn selection(&self) -> Selection<'_> {
+        Selection {
+            targets: self.target_modules.as_ref(),
+            exclude: self.exclude_modules.as_ref(),
+            layers: self.layers_to_transform.as_ref(),
+            layers_pattern: self.layers_pattern.as_ref(),
+            save: self.modules_to_save.as_deref(),
         }
-    }
-
-    fn targets(&self, at: &str) -> Result<bool> {
-        Ok(!self.excluded(at)? && self.names(at)? && self.in_blocks(at)?)
-    }
-
-    fn names(&self, at: &str) -> Result<bool> {
-        self.target_modules
-            .as_ref()
-            .map_or(Ok(false), |it| it.matches(at))
-    }
-
-    /// Whether `layers_to_transform` lets this place in.
-    fn in_blocks(&self, at: &str) -> Result<bool> {
-        let blocks = self
-            .layers_to_transform
-            .as_ref()
-            .map_or(&[][..], |it| it.list());
-        let spelt_out = match &self.target_modules {
-            Some(Names::List(list)) => list.iter().any(|entry| entry == at),
-            _ => true,
-        };
-        if blocks.is_empty() || spelt_out {
-            return Ok(true);
-        }
-        Ok(self.block(at)?.is_some_and(|n| blocks.contains(&n)))
-    }
-
-    /// The number of the block that a place is in.
-    fn block(&self, at: &str) -> Result<Option<i64>> {
-        let lists: &[String] = match &self.layers_pattern {
-            Some(Names::List(list)) => list,
-            Some(Names::Regex(one)) if !one.is_empty() => std::slice::from_ref(one),
-            _ => &[],
-        };
-        let number = |source: String, shown: &str| -> Result<Option<i64>> {
-            let groups = Pattern::new(&source, shown)?.groups(at)?;
-            // The number is the last group, whatever groups the user's pattern has.
-            let last = groups.and_then(|groups| groups.into_iter().next_back().flatten());
-            Ok(last.and_then(|digits| digits.parse().ok()))
-        };
-        if lists.is_empty() {
-            return number(r"\A.*?\.[^.]*\.(\d+)\.".to_owned(), "layers_pattern");
-        }
-        for list in lists {
-            let found = number(format!(r"\A(?:^|.*?\.)(?:{list})\.(\d+)\."), list)?;
-            if found.is_some() {
-                return Ok(found);
-            }
-        }
-        Ok(None)
     }
 
     /// The trained rows of a place, as it is named; a tied head follows the input embedding.
@@ -236,6 +176,7 @@ impl LoraConfig {
             config.target_modules =
                 Some(Names::List(names.iter().map(|&it| it.to_owned()).collect()));
         }
+        config.modules_to_save = with_heads(config.modules_to_save, &config.common, outline);
         config.name_tied(&outline.spec)?;
         config.target_modules = config.target_modules.map(|it| it.expand(outline));
         config.check_against(outline)?;
@@ -253,7 +194,7 @@ impl LoraConfig {
 
     fn check_against(&self, outline: &Outline) -> Result<()> {
         self.check_targets(outline)?;
-        self.check_saved(outline)?;
+        self.selection().check_saved(outline)?;
         self.check_tokens(outline)?;
         self.check_patterns(outline)?;
         for site in &outline.sites {
@@ -310,58 +251,24 @@ impl LoraConfig {
     }
 
     fn check_targets(&self, outline: &Outline) -> Result<()> {
-        let mut missed = "target_modules";
+        let selection = self.selection();
         for site in &outline.sites {
-            let named = self.names(&site.at)?;
-            if named
-                && site.kind == SiteKind::Norm
-                && self.targets(&site.at)?
-                && !self.saves(&site.at)
-            {
+            let norm = site.kind == SiteKind::Norm && !selection.saves(&site.at);
+            if norm && selection.targets(&site.at)? {
                 let reason = "is a norm; LoRA goes on linear layers and embeddings, norms into modules_to_save";
                 return Err(LoraConfig::fault(format!(
                     "target_modules names `{}`, which {reason}",
                     site.at
                 )));
             }
+        }
+        // A tied head may be adapted without being a target.
+        for site in &outline.sites {
             if self.share(site, outline)?.lora.is_some() {
                 return Ok(());
             }
-            if named {
-                missed = match (self.excluded(&site.at)?, self.saves(&site.at)) {
-                    (true, _) => "target_modules without exclude_modules",
-                    (_, true) => "target_modules without modules_to_save",
-                    _ => "target_modules within layers_to_transform",
-                };
-            }
         }
-        let wanted = match &self.target_modules {
-            Some(Names::List(list)) => format!("{list:?}"),
-            Some(Names::Regex(text)) => format!("`{text}`"),
-            None => String::new(),
-        };
-        Err(Error::NoTarget {
-            examples: closest(&wanted, fit(outline), 4),
-            what: format!("{missed} {wanted}"),
-        })
-    }
-
-    fn check_saved(&self, outline: &Outline) -> Result<()> {
-        for entry in self.modules_to_save.iter().flatten() {
-            let used = outline.sites.iter().any(|site| saves(entry, &site.at));
-            let others = || {
-                HEADS
-                    .iter()
-                    .any(|head| outline.sites.iter().any(|it| saves(head, &it.at)))
-            };
-            if !(used || HEADS.contains(&entry.as_str()) && others()) {
-                return Err(Error::NoTarget {
-                    what: format!("modules_to_save `{entry}`"),
-                    examples: closest(entry, outline.sites.iter().map(|it| it.at.as_str()), 4),
-                });
-            }
-        }
-        Ok(())
+        selection.check_targets(outline, &fits)
     }
 
     fn check_tokens(&self, outline: &Outline) -> Result<()> {
@@ -439,15 +346,7 @@ impl LoraConfig {
     }
 }
 
-/// Whether an entry of `modules_to_save` names `at` or a module that it is in. As Python does it, without regard to dots:
-/// `norm` also names `input_layernorm`.
-fn saves(entry: &str, at: &str) -> bool {
-    let ends = at.match_indices('.').map(|(i, _)| i).chain([at.len()]);
-    ends.into_iter().any(|end| at[..end].ends_with(entry))
-}
-
-/// The places that a LoRA can go on.
-fn fit(outline: &Outline) -> impl Iterator<Item = &str> {
-    let fit = outline.sites.iter().filter(|it| it.kind != SiteKind::Norm);
-    fit.map(|it| it.at.as_str())
+/// Whether LoRA can go on a place.
+fn fits(site: &Site) -> bool {
+    matches!(site.kind, SiteKind::Linear | SiteKind::Embedding)
 }

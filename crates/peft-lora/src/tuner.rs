@@ -1,7 +1,8 @@
 //! The configuration at work: it decides for each place, then puts adapters there.
 
 use peft_core::{
-    Config, Embedding, Injection, Linear, LinearOp, Norm, Outline, Result, Site, Slot, State, Tuner,
+    Config, Embedding, Injection, Linear, LinearOp, Norm, Outline, Result, Saved, Shift, Site,
+    Slot, State, Tuner,
 };
 use serde_json::Value;
 use tch::{Kind, Tensor};
@@ -14,7 +15,6 @@ use crate::{
     init,
     lora::{Lora, TiedHead},
     plan::{Owner, Share},
-    saved::{Saved, Shift},
     tokens::Tokens,
 };
 

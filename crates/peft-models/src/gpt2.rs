@@ -112,21 +112,21 @@ impl Decoder for Gpt2 {
         let mask = Mask::new(input, past, None, x.kind());
         let size = x.size();
         for (i, block) in self.blocks.iter().enumerate() {
-            let qkv = block.qkv.forward(&block.norm1.forward(&x), ctx); // [batch, seq, 3 · hidden]
+            let qkv = block.qkv.forward(&block.norm1.forward(&x, ctx), ctx); // [batch, seq, 3 · hidden]
             let qkv = qkv.view([size[0], size[1], 3 * c.heads, c.hidden / c.heads]);
             let mut parts = qkv.split(c.heads, 2).into_iter();
             let parts = [(); 3].map(|()| parts.next().expect("three parts"));
             let cache = cache.as_deref_mut().map(|it| (it, i));
             let y = attend(self.heads(i), parts, &mask, cache, ctx);
             x = dropout(block.out.forward(&y, ctx), c.resid_dropout, ctx) + x;
-            let inner = block.fc.forward(&block.norm2.forward(&x), ctx); // [batch, seq, inner]
+            let inner = block.fc.forward(&block.norm2.forward(&x, ctx), ctx); // [batch, seq, inner]
             let inner = c.activation.forward(&inner);
             x = dropout(block.proj.forward(&inner, ctx), c.resid_dropout, ctx) + x;
         }
         if let Some(cache) = cache {
             cache.advance(size[1]);
         }
-        self.norm.forward(&x)
+        self.norm.forward(&x, ctx)
     }
 
     fn head(&self) -> &Linear {
@@ -164,12 +164,15 @@ impl Model for Gpt2 {
             model_type: "gpt2".into(),
             hidden: c.hidden,
             layers: c.layers,
+            heads: c.heads,
             kv_heads: c.heads,
             head_dim: c.hidden / c.heads,
             input_embedding: "transformer.wte".into(),
             output_embedding: Some("lm_head".into()),
             tied: c.tied,
             transposed: true,
+            encoder_decoder: false,
+            task_head: None,
         }
     }
 

@@ -96,7 +96,7 @@ impl Llama {
         let mut k = split(layer.k.forward(x, ctx), c.kv_heads);
         let v = split(layer.v.forward(x, ctx), c.kv_heads);
         if let Some((q_norm, k_norm)) = &layer.qk_norm {
-            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+            (q, k) = (q_norm.forward(&q, ctx), k_norm.forward(&k, ctx));
         }
         let (cos, sin) = turn;
         let heads = Heads {
@@ -164,9 +164,9 @@ impl Decoder for Llama {
                 _ => &whole,
             };
             let cache = cache.as_deref_mut().map(|it| (it, i));
-            let h = layer.input_norm.forward(&x);
+            let h = layer.input_norm.forward(&x, ctx);
             x = self.attention(&layer.attention, &h, &turn, mask, cache, ctx) + x;
-            let h = layer.mlp_norm.forward(&x);
+            let h = layer.mlp_norm.forward(&x, ctx);
             let (gate, up) = (
                 layer.mlp.gate.forward(&h, ctx),
                 layer.mlp.up.forward(&h, ctx),
@@ -177,7 +177,7 @@ impl Decoder for Llama {
         if let Some(cache) = cache {
             cache.advance(input.ids.size()[1]);
         }
-        self.norm.forward(&x)
+        self.norm.forward(&x, ctx)
     }
 
     fn head(&self) -> &Linear {
@@ -207,12 +207,15 @@ impl Model for Llama {
             model_type: c.model_type.clone(),
             hidden: c.hidden,
             layers: c.layers,
+            heads: c.heads,
             kv_heads: c.kv_heads,
             head_dim: c.head_dim,
             input_embedding: "model.embed_tokens".into(),
             output_embedding: Some("lm_head".into()),
             tied: c.tied,
             transposed: false,
+            encoder_decoder: false,
+            task_head: None,
         }
     }
 

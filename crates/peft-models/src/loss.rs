@@ -36,6 +36,14 @@ pub fn causal_loss(model: &dyn Decoder, input: &Input, labels: &Tensor, ctx: Ctx
     if count == 0 {
         return (hidden.sum(Kind::Float) * 0.0, 0);
     }
+    if ctx.rows.is_some() {
+        // The head must see whole rows to know whose they are.
+        let logits = model.head().forward(&hidden, ctx);
+        let (rows, targets) = labelled(&logits, labels);
+        let scores = rows.to_kind(Kind::Float);
+        let sum = scores.cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE, 0.0);
+        return (sum, count);
+    }
     (head_loss(model.head(), &rows, &targets, ctx), count)
 }
 

@@ -5,8 +5,8 @@
 //! invisible.
 
 use peft_core::{
-    Adapter, Config, Ctx, Error, Injection, ModelExt, Outline, Registry, Result as PeftResult,
-    Site, Slot, Tuner, parse,
+    Adapter, BASE, Config, Ctx, Error, Injection, ModelExt, Outline, Registry,
+    Result as PeftResult, Rows, Site, Slot, Tuner, parse,
 };
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
@@ -35,6 +35,7 @@ pub const LAWS: &[Law] = &[
     ("merge", merged_is_forward),
     ("unmerge", unmerge_is_exact),
     ("switching", switching_is_free_of_traces),
+    ("mixed batch", rows_are_strangers),
     ("delete", delete_restores),
     ("save", saved_is_loaded),
     ("dropout", dropout_in_training_only),
@@ -361,6 +362,38 @@ fn switching_is_free_of_traces(trial: &Trial) -> Verdict {
     }
     toy.delete("second").map_err(said)?;
     bits(&out(&toy), &alone, "the second deleted")
+}
+
+/// Each row of a mixed batch is what it is alone, under its adapter or under none, whatever is switched on.
+fn rows_are_strangers(trial: &Trial) -> Verdict {
+    let mut toy = trial.moved()?;
+    let second = match toy.inject("second", &*trial.tuner()?) {
+        Ok(()) => "second",
+        Err(Error::Config { .. }) => NAME, // a method may refuse to be there twice
+        Err(other) => return Err(said(other)),
+    };
+    if second != NAME {
+        shake(&mut toy, second, 8);
+    }
+    let names = [second, BASE, NAME, second, NAME];
+    let rows = match Rows::new(&mut toy, &names) {
+        Err(Error::Name { why, .. }) if why.contains("virtual tokens") => return Ok(()),
+        other => other.map_err(said)?,
+    };
+    let ids = ids().repeat([3, 1]).narrow(0, 0, names.len() as i64);
+    let mixed = tch::no_grad(|| toy.forward(&ids, Ctx::mixed(&rows)));
+    for (row, name) in (0i64..).zip(names) {
+        for (it, _) in toy.adapters() {
+            toy.switch(&it, it == name).map_err(said)?;
+        }
+        let alone = tch::no_grad(|| toy.forward(&ids.narrow(0, row, 1), Ctx::EVAL));
+        let what = format!("row {row} of a mixed batch, of `{name}`,");
+        agree(&mixed.narrow(0, row, 1), &alone, EXACT, &what)?;
+    }
+    match Rows::new(&mut toy, &["nobody"]) {
+        Err(Error::Name { name, .. }) if name == "nobody" => Ok(()),
+        _ => Err("a mixed batch with an unknown adapter is accepted".to_owned()),
+    }
 }
 
 fn delete_restores(trial: &Trial) -> Verdict {

@@ -12,7 +12,7 @@
 //! Each configuration is put on four [toys](toy::Toy) (tied and untied, exact and lossy) and held against each of the
 //! [laws](laws::LAWS): a fresh adapter changes nothing; gradients reach what is trained, are slopes, and reach nothing of the
 //! base; a window of small batches is the big batch; off is the base to the bit; merged is forward; unmerged are the very
-//! bits; several adapters leave no traces on each other; deleted is gone; saved is loaded; every key survives; unknown keys
+//! bits; several adapters leave no traces on each other; rows of a mixed batch are strangers; deleted is gone; saved is loaded; every key survives; unknown keys
 //! that are on are refused; dropout is for training; a failed injection leaves nothing.
 //!
 //! # Does it catch anything?

@@ -93,9 +93,9 @@ impl Toy {
     /// ids: `[batch, seq] -> [batch, seq, vocab]`
     pub fn forward(&self, ids: &Tensor, ctx: Ctx) -> Tensor {
         let h = self.embed.forward(ids, ctx);
-        let up = self.q.forward(&self.norms[0].forward(&h), ctx).tanh();
+        let up = self.q.forward(&self.norms[0].forward(&h, ctx), ctx).tanh();
         let h = h + self.k.forward(&up, ctx);
-        let up = self.v.forward(&self.norms[1].forward(&h), ctx).tanh();
+        let up = self.v.forward(&self.norms[1].forward(&h, ctx), ctx).tanh();
         let h = h + self.o.forward(&up, ctx);
         self.head.forward(&h, ctx)
     }
@@ -125,12 +125,15 @@ impl Model for Toy {
             model_type: "llama".to_owned(),
             hidden: HIDDEN,
             layers: 2,
+            heads: 1,
             kv_heads: 1,
             head_dim: HIDDEN,
             input_embedding: "embed_tokens".to_owned(),
             output_embedding: Some("lm_head".to_owned()),
             tied: self.tied,
             transposed: true,
+            encoder_decoder: false,
+            task_head: None,
         }
     }
 

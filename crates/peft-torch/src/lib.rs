@@ -28,4 +28,4 @@ pub use adamw::{AdamW, Moments};
 pub use attention::attention;
 pub use function::{Function, apply, backward, vjp};
 pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
-pub use ops::{cross_entropy_, gelu_tanh, gemv, rms_norm, rope, swiglu};
+pub use ops::{add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, swiglu};

@@ -48,6 +48,32 @@ impl Function for RmsNorm {
     }
 }
 
+/// `y + row` in the memory of y, which is used up; y: `[.., out]`, row: `[out]`. Differentiable in both.
+///
+/// # Panics
+/// If the shapes do not fit together.
+pub fn add_row_(y: Tensor, row: &Tensor) -> Tensor {
+    let [sum] = apply(&[&y, row], || {
+        ([y.detach().g_add_(row)], AddRow(row.kind()))
+    });
+    sum
+}
+
+struct AddRow(Kind);
+
+impl Function for AddRow {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let rows =
+            |g: &Tensor| crate::thin::rows(g).sum_dim_intlist([0i64].as_slice(), false, self.0);
+        let g = grads[0].as_ref();
+        Ok(vec![g.map(Tensor::shallow_clone), g.map(rows)])
+    }
+}
+
 /// Rotary position embedding (2104.09864), halves rotated as Hugging Face does.
 ///
 /// x: `[batch, seq, heads, d]`; cos, sin: `[batch or 1, seq, rot / 2]` in fp32

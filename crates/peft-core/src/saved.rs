@@ -5,17 +5,17 @@
 //! trained bias is a new bias b'; what is added is b' − b, so that the base stays
 //! as it is and the two can be told apart again.
 
-use peft_core::{
-    Affine, Beneath, BeneathEmbedding, Ctx, EmbeddingAdapter, LinearAdapter, LinearOp, NormAdapter,
-    Params, Plain, Visit,
-};
+use peft_torch::add_row_;
 use tch::Tensor;
 
-use crate::in_place::add_row;
+use crate::{
+    Affine, Beneath, BeneathEmbedding, Ctx, EmbeddingAdapter, LinearAdapter, LinearOp, NormAdapter,
+    Params, Plain, Slot, Visit,
+};
 
 const WEIGHT: &str = "weight";
 const BIAS: &str = "bias";
-/// The bias of a layer that has a LoRA too.
+/// The bias of a layer that has another adapter too.
 const BIAS_BELOW: &str = "base_layer.bias";
 
 fn copy(t: &Tensor) -> Tensor {
@@ -33,7 +33,7 @@ enum Owner {
 
 /// A trained copy of a linear layer, an embedding (without a bias) or a norm.
 #[derive(Debug)]
-pub(crate) struct Saved {
+pub struct Saved {
     /// In the layout of the disk.
     weight: Tensor,
     bias: Option<Tensor>,
@@ -44,7 +44,7 @@ pub(crate) struct Saved {
 
 impl Saved {
     /// A copy of a linear layer.
-    pub(crate) fn linear(base: &dyn LinearOp) -> Saved {
+    pub fn linear(base: &dyn LinearOp) -> Saved {
         let (weight, transposed) = (base.weight(), base.transposed());
         Saved {
             weight: copy(&if transposed { weight.tr() } else { weight }),
@@ -55,7 +55,7 @@ impl Saved {
     }
 
     /// A copy of a table or a norm.
-    pub(crate) fn new(weight: &Tensor, bias: Option<&Tensor>) -> Saved {
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Saved {
         Saved {
             weight: copy(weight),
             bias: bias.map(copy),
@@ -65,7 +65,7 @@ impl Saved {
     }
 
     /// The head over a table that the input embedding trains.
-    pub(crate) fn tied(table: &Tensor, bias: Option<&Tensor>) -> Saved {
+    pub fn tied(table: &Tensor, bias: Option<&Tensor>) -> Saved {
         Saved {
             weight: table.shallow_clone(),
             bias: bias.map(Tensor::shallow_clone),
@@ -75,7 +75,7 @@ impl Saved {
     }
 
     /// The trained weight.
-    pub(crate) fn weight(&self) -> &Tensor {
+    pub fn weight(&self) -> &Tensor {
         &self.weight
     }
 
@@ -137,7 +137,7 @@ impl Params for Saved {
 
 /// A trained bias of a linear layer or a norm.
 #[derive(Debug)]
-pub(crate) struct Shift {
+pub struct Shift {
     /// b of the base `[out]`
     base: Tensor,
     /// b' `[out]`
@@ -146,8 +146,8 @@ pub(crate) struct Shift {
 }
 
 impl Shift {
-    /// Beginning at the base's bias; `below`: the layer has a LoRA too.
-    pub(crate) fn new(base: &Tensor, below: bool) -> Shift {
+    /// Beginning at the base's bias; `below`: the layer has another adapter too, and Python's names say so.
+    pub fn new(base: &Tensor, below: bool) -> Shift {
         Shift {
             base: base.detach(),
             bias: copy(base),
@@ -167,7 +167,7 @@ impl Shift {
 
 impl LinearAdapter for Shift {
     fn forward(&self, x: &Tensor, beneath: Beneath<'_>, _: Ctx) -> Tensor {
-        add_row(beneath.forward(x), &(&self.bias - &self.base))
+        add_row_(beneath.forward(x), &(&self.bias - &self.base))
     }
 
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
@@ -194,4 +194,24 @@ impl Params for Shift {
 }
 
 /// The names under which [`Shift`] and [`Saved`] keep a bias.
-pub(crate) const BIASES: [&str; 2] = [BIAS, BIAS_BELOW];
+pub const BIASES: [&str; 2] = [BIAS, BIAS_BELOW];
+
+/// Puts a trained copy on a place that `modules_to_save` names. Virtual tokens have none: false.
+pub fn save_whole(name: &str, slot: Slot<'_>) -> bool {
+    match slot {
+        Slot::Linear(it) => {
+            let saved = Saved::linear(it.base());
+            it.attach(name, Box::new(saved));
+        }
+        Slot::Embedding(it) => {
+            let saved = Saved::new(it.weight(), None);
+            it.attach(name, Box::new(saved));
+        }
+        Slot::Norm(it) => {
+            let saved = Saved::new(&it.base().weight, it.base().bias.as_ref());
+            it.attach(name, Box::new(saved));
+        }
+        Slot::Prompt(_) => return false,
+    }
+    true
+}
