@@ -9,6 +9,7 @@ mod answer;
 mod args;
 mod commands;
 mod error;
+mod methods;
 mod sources;
 
 mod terminal;

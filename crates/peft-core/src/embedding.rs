@@ -7,6 +7,7 @@ use tch::{Device, Tensor};
 use crate::{
     BASE, Ctx, Error, Params, Result,
     stack::{Attached, Stack, finite, place},
+    thaw::Leaves,
 };
 
 /// What one method leaves on one embedding table.
@@ -115,6 +116,10 @@ impl Embedding {
     /// Puts an adapter on top.
     pub fn attach(&mut self, name: &str, adapter: Box<dyn EmbeddingAdapter>) {
         self.adapters.push(name, adapter);
+    }
+
+    pub(crate) fn thaw(&mut self, leaves: &mut Leaves) {
+        self.base = leaves.take("weight", &self.base);
     }
 
     fn baked(&self, at: &str) -> Result<Tensor> {

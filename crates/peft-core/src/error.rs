@@ -84,6 +84,14 @@ pub enum Error {
         /// The reason.
         why: String,
     },
+    /// A part of the base that full fine-tuning cannot train.
+    #[error("`{at}` cannot be trained: {why}")]
+    NotTrainable {
+        /// The layer.
+        at: String,
+        /// The reason.
+        why: String,
+    },
     /// A name that is taken, missing or not allowed.
     #[error("adapter `{name}`: {why}")]
     Name {

@@ -47,6 +47,7 @@ mod stack;
 mod store;
 mod targets;
 pub mod tensors;
+mod thaw;
 mod tuner;
 
 pub use ctx::Ctx;

@@ -11,6 +11,7 @@ use tch::{Device, Tensor};
 use crate::{
     Ctx, Error, Params, Result, Rows,
     stack::{Attached, Stack, finite, place},
+    thaw::Leaves,
 };
 
 /// A linear layer in dense form.
@@ -45,6 +46,10 @@ pub trait LinearOp: fmt::Debug + Send {
     fn device(&self) -> Device;
     /// The weight is kept, and on disk, `[in, out]`: GPT-2's layers.
     fn transposed(&self) -> bool {
+        false
+    }
+    /// The weight is one tensor of numbers, which can be trained as it is.
+    fn is_dense(&self) -> bool {
         false
     }
     /// A layer kept in the same way with another content; encodes it again if need be.
@@ -183,6 +188,9 @@ impl LinearOp for Dense {
     fn transposed(&self) -> bool {
         !self.weight.is_contiguous()
     }
+    fn is_dense(&self) -> bool {
+        true
+    }
     fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>> {
         // Keep the strides of the old weight: a transposed layer stays one.
         let weight = match self.transposed() {
@@ -249,9 +257,21 @@ impl Linear {
         self.original.is_none() && self.adapters.active().next().is_some()
     }
 
+    /// Whether a backward pass gives gradients to something in here.
+    pub fn is_trained(&self) -> bool {
+        self.is_adapted() || self.base.is_dense() && self.base.weight().requires_grad()
+    }
+
     /// Puts an adapter on top.
     pub fn attach(&mut self, name: &str, adapter: Box<dyn LinearAdapter>) {
         self.adapters.push(name, adapter);
+    }
+
+    /// Trainable copies in place of the base's tensors; the base must be dense.
+    pub(crate) fn thaw(&mut self, leaves: &mut Leaves) {
+        let Plain { weight, bias } = plain(&*self.base);
+        let bias = bias.map(|it| leaves.take("bias", &it));
+        self.base = Box::new(Dense::new(leaves.take("weight", &weight), bias));
     }
 
     /// The adapters of one name, innermost first.

@@ -6,8 +6,8 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    Embedding, Error, Injection, Linear, Norm, Outline, Param, PromptSlot, Result, Site, SiteKind,
-    Start, State, Tuner, Visit, nearest, stack::Place,
+    Embedding, Error, Injection, Linear, Names, Norm, Outline, Param, PromptSlot, Result, Site, SiteKind,
+    Start, State, Tuner, Visit, nearest, stack::Place, thaw::thaw,
 };
 
 /// What a method may need to know of a model besides its places.
@@ -316,6 +316,21 @@ pub trait ModelExt: Model {
         let mut all = self.params(adapter);
         all.retain(|it| it.tensor.requires_grad());
         all
+    }
+
+    /// Full fine-tuning: lets tensors of the base itself take gradients, all of them or those of the places that `which`
+    /// names, and gives them. They are trained copies; the file that the model was read from is not touched.
+    ///
+    /// The only call that does so. Refused where a weight is not kept as plain numbers, where nothing matches, and on a
+    /// model that wears adapters, which would be trained against a moving base. An error leaves the model as it was.
+    fn thaw(&mut self, which: Option<&Names>) -> Result<Vec<Param>> {
+        if let Some((name, _)) = self.adapters().into_iter().next() {
+            return Err(Error::Name {
+                name,
+                why: "is on this model; full fine-tuning trains the base itself: merge or delete it first".to_owned(),
+            });
+        }
+        thaw(self, which)
     }
 
     /// Lets an adapter's tensors take no gradient any more, for inference.

@@ -7,6 +7,7 @@ use tch::Tensor;
 use crate::{
     BASE, Ctx, Error, Params, Result,
     stack::{Stack, finite, place},
+    thaw::Leaves,
 };
 
 /// The two vectors of a norm.
@@ -91,6 +92,13 @@ impl Norm {
     /// Puts an adapter on top.
     pub fn attach(&mut self, name: &str, adapter: Box<dyn NormAdapter>) {
         self.adapters.push(name, adapter);
+    }
+
+    pub(crate) fn thaw(&mut self, leaves: &mut Leaves) {
+        self.base = Affine {
+            weight: leaves.take("weight", &self.base.weight),
+            bias: self.base.bias.as_ref().map(|it| leaves.take("bias", it)),
+        };
     }
 
     /// The vectors with the active adapters, or with those of one name alone.

@@ -9,11 +9,12 @@
 //! the scores are dropped. The products are those of an ordinary
 //! forward and backward pass; only the memory is gone.
 //!
-//! A head that is itself trained needs its scores in the backward pass; then
+//! A head whose own weight W is trained (full fine-tuning) gets its gradient in the same pass:
+//! dW = Σ chunks (softmax(z) − onehot(y))ᵀ rows. A head with an adapter needs its scores in the backward pass; then
 //! libtorch differentiates, chunk by chunk.
 
 use peft_core::{Ctx, Linear};
-use peft_torch::{Function, apply, cross_entropy_, vjp};
+use peft_torch::{Function, apply, cross_entropy_, linear, vjp};
 use tch::{Kind, Reduction, TchError, Tensor};
 
 use crate::{Decoder, Input};
@@ -61,7 +62,7 @@ pub fn labelled(hidden: &Tensor, labels: &Tensor) -> (Tensor, Tensor) {
 
 /// Sum of cross-entropies of `head(rows)` against `targets`; rows: `[n, hidden]`, targets: `[n]`.
 pub fn head_loss(head: &Linear, rows: &Tensor, targets: &Tensor, ctx: Ctx) -> Tensor {
-    if head.is_adapted() {
+    if head.is_adapted() || head.is_trained() && head.base().bias().is_some() {
         let chunks = rows
             .split(CHUNK, 0)
             .into_iter()
@@ -71,6 +72,10 @@ pub fn head_loss(head: &Linear, rows: &Tensor, targets: &Tensor, ctx: Ctx) -> Te
             logits.cross_entropy_loss::<Tensor>(&targets, None, Reduction::Sum, IGNORE, 0.0)
         });
         return losses.reduce(|a, b| a + b).expect("at least one chunk");
+    }
+    let base = head.base();
+    if base.is_dense() && base.weight().requires_grad() && base.bias().is_none() {
+        return trained_head_loss(&base.weight(), rows, targets);
     }
     let wanted = rows.requires_grad();
     let [loss] = apply(&[rows], || {
@@ -91,6 +96,50 @@ pub fn head_loss(head: &Linear, rows: &Tensor, targets: &Tensor, ctx: Ctx) -> Te
         ([sum], HeadLoss(grad))
     });
     loss
+}
+
+/// [`head_loss`] for a weight `[vocab, hidden]` that is trained itself.
+fn trained_head_loss(weight: &Tensor, rows: &Tensor, targets: &Tensor) -> Tensor {
+    let wanted = rows.requires_grad();
+    let [loss] = apply(&[rows, weight], || {
+        let (rows, weight) = (rows.detach(), weight.detach());
+        let mut sum = Tensor::zeros([0i64; 0], (Kind::Float, rows.device()));
+        let mut of_rows = Vec::new();
+        let mut of_weight: Option<Tensor> = None;
+        for (rows, targets) in rows.split(CHUNK, 0).iter().zip(targets.split(CHUNK, 0)) {
+            let mut scores = linear(rows, &weight, None); // [chunk, vocab]
+            let losses = cross_entropy_(&mut scores, &targets); // scores hold their gradient now
+            sum += losses.sum(Kind::Float);
+            if wanted {
+                of_rows.push(linear(&scores, &weight.tr(), None));
+            }
+            let part = linear(&scores.tr(), &rows.tr(), None); // [vocab, hidden]
+            of_weight = Some(match of_weight {
+                None => part,
+                Some(mut sum) => sum.g_add_(&part),
+            });
+        }
+        let of_rows = wanted.then(|| Tensor::cat(&of_rows, 0));
+        ([sum], TrainedHeadLoss(of_rows, of_weight))
+    });
+    loss
+}
+
+/// Holds the gradients of the sum with respect to the rows and the weight.
+struct TrainedHeadLoss(Option<Tensor>, Option<Tensor>);
+
+impl Function for TrainedHeadLoss {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let Some(g) = &grads[0] else {
+            return Ok(vec![None, None]);
+        };
+        let scaled = |t: &Tensor| t * g.to_kind(t.kind());
+        Ok(vec![self.0.as_ref().map(scaled), self.1.as_ref().map(scaled)])
+    }
 }
 
 /// Holds the gradient of the sum with respect to the rows.

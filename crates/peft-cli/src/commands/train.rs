@@ -32,7 +32,7 @@ use peft::{
 use serde_json::Value;
 use tch::Device;
 
-use self::recipe::{Method, Plan, Validation};
+use self::recipe::{Plan, Validation};
 use self::screen::{Screen, duration, paint, row};
 use crate::{
     answer::{answers, conversation},
@@ -71,16 +71,22 @@ pub(crate) struct Args {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
 
-    /// The method
+    /// The method: lora, adalora, vera, ia3, bitfit, ln, prefix, prompt, p-tuning, full [default: lora]
     #[arg(long, value_name = "METHOD", help_heading = "Method")]
-    method: Option<Method>,
-    /// Rank of LoRA [default: 16]
+    method: Option<String>,
+    /// What the method's settings begin with: ours, or those of Python's peft [default: ours]
+    #[arg(long, value_name = "WHOSE", help_heading = "Method")]
+    defaults: Option<String>,
+    /// Rank [default for LoRA: 16]
     #[arg(long, short, value_name = "N", help_heading = "Method")]
     r: Option<u32>,
     /// α of LoRA; the update is scaled by α / r [default: 32]
     #[arg(long, value_name = "X", help_heading = "Method")]
     lora_alpha: Option<f64>,
-    /// Layers: `all-linear`, one expression, or names with commas between [default: all-linear]
+    /// Virtual tokens of prefix, prompt and P-tuning [default: 20]
+    #[arg(long, value_name = "N", help_heading = "Method")]
+    num_virtual_tokens: Option<u32>,
+    /// Layers: `all-linear`, one expression, or names with commas between [default for LoRA: all-linear]
     #[arg(long, value_name = "NAMES", help_heading = "Method")]
     target_modules: Option<String>,
 
@@ -106,7 +112,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE", help_heading = "Data")]
     prompts: Option<PathBuf>,
 
-    /// Peak of the learning rate [default: 2e-4]
+    /// Peak of the learning rate [default: what fits the method; 2e-4 for LoRA]
     #[arg(
         long,
         value_name = "X",
@@ -273,17 +279,21 @@ pub(crate) fn run(args: Args) -> Result<()> {
 impl Args {
     /// Defaults, then the file, then `--set`, then flags.
     fn plan(&self) -> Result<Plan> {
-        let mut plan = match (&self.resume, &self.config) {
-            (Some(run), _) => Plan::read(&Run::open(run)?.config())?,
-            (None, Some(path)) => Plan::read(path)?,
-            (None, None) => Plan::default(),
+        let file = match (&self.resume, &self.config) {
+            (Some(run), _) => Some(Run::open(run)?.config()),
+            (None, config) => config.clone(),
         };
+        let mut pairs = Vec::new();
+        if let Some(path) = file {
+            Plan::read(&path)?; // what is wrong in the file is said of the file
+            pairs = Plan::pairs(&path)?;
+        }
         for text in &self.set {
-            plan.set_text(text)?;
+            pairs.push(Plan::pair(text)?);
         }
-        for (key, value) in self.flags()? {
-            plan.set(key, value)?;
-        }
+        let flags = self.flags()?.into_iter();
+        pairs.extend(flags.map(|(key, value)| (key.to_owned(), value)));
+        let mut plan = Plan::of(&pairs)?;
         let recipe = &mut plan.recipe;
         if recipe.model.is_empty() {
             return Err(usage("no model: name one with `--model`"));
@@ -315,7 +325,9 @@ impl Args {
         };
         add("model", self.model.clone().map(Value::from));
         add("data", texts(&self.data));
-        add("method", self.method.map(serde_json::to_value).transpose()?);
+        add("method", self.method.clone().map(Value::from));
+        add("defaults", self.defaults.clone().map(Value::from));
+        add("num_virtual_tokens", self.num_virtual_tokens.map(Value::from));
         add("r", self.r.map(Value::from));
         add("lora_alpha", self.lora_alpha.map(Value::from));
         add("target_modules", self.target_modules.as_deref().map(names));
@@ -682,18 +694,9 @@ fn warn(text: &str) {
     println!("  {} {text}", style("warning").yellow().bold());
 }
 
-fn method_name(plan: &Plan) -> &'static str {
-    match plan.recipe.method {
-        Method::Lora => "LoRA",
-    }
-}
-
 fn method_line(plan: &Plan) -> String {
-    let settings = plan
-        .recipe
-        .lora
-        .iter()
-        .filter(|(_, value)| !value.is_null());
+    let settings = plan.recipe.options.iter();
+    let settings = settings.filter(|(_, value)| !value.is_null());
     let text = |value: &Value| {
         value
             .as_str()

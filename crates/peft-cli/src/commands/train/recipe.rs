@@ -2,28 +2,30 @@
 //!
 //! ```yaml
 //! model: SmolLM2-135M-Instruct      # where from
+//! task: CAUSAL_LM                   # what it is to learn; found out where not given
 //! data: [rows.jsonl]
 //! validation: 0.1                   # a part, a number of rows, or files
+//! method: lora
 //! lora: {r: 16, lora_alpha: 32}     # the method's own settings, as in adapter_config.json
 //! learning_rate: 2e-4               # and every setting of training, by Hugging Face's names
 //! ```
 //!
 //! There is one namespace: a key is one of this file's, one of training's or
 //! one of the method's, and anything else is an error with the nearest name.
-//! What was resolved is written to the run folder and can be fed back.
+//! The method is looked for first, wherever it is said, since it decides which keys there are and what
+//! they begin with. What was resolved is written to the run folder and can be fed back.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use peft::{
-    LoraConfig, Settings, Tuner,
-    core::{nearest, parse},
-    data::Holdout,
-};
+use peft::{Settings, Tuner, core::nearest, data::Holdout};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
-use crate::error::usage;
+use crate::{
+    error::usage,
+    methods::{METHODS, Method, PYTHONS_RATE, TRAIN_MODULES},
+};
 
 /// The decisions about a run, but for the loop's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -31,6 +33,8 @@ use crate::error::usage;
 pub(crate) struct Recipe {
     /// The base: a folder, a GGUF file or a hub id.
     pub(crate) model: String,
+    /// The task, by the name that `peft` has for it; found out where not given.
+    pub(crate) task: Option<String>,
     /// Files to train on.
     pub(crate) data: Vec<PathBuf>,
     /// What is held out.
@@ -49,10 +53,24 @@ pub(crate) struct Recipe {
     pub(crate) dtype: String,
     /// Questions that are answered before and after.
     pub(crate) prompts: Vec<String>,
-    /// The method.
-    pub(crate) method: Method,
-    /// The settings of LoRA.
-    pub(crate) lora: Map<String, Value>,
+    /// The method, by its name.
+    pub(crate) method: String,
+    /// What the method's settings begin with.
+    pub(crate) defaults: Defaults,
+    /// The settings of the method; written under its name.
+    #[serde(skip)]
+    pub(crate) options: Map<String, Value>,
+}
+
+/// What the settings of a method begin with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Defaults {
+    /// With what learns well, see [`METHODS`].
+    #[default]
+    Ours,
+    /// With those of Python's `peft`, and the learning rate of `transformers`.
+    Python,
 }
 
 /// What is held out.
@@ -78,21 +96,12 @@ impl Validation {
     }
 }
 
-/// The methods that `--method` knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Method {
-    /// Low-rank adaptation
-    Lora,
-}
-
 impl Default for Recipe {
     fn default() -> Recipe {
-        // An adapter on every linear layer learns like full fine-tuning at most sizes of data; on the
-        // attention alone it does not ("LoRA without regret", 2025).
-        let lora = json!({"r": 16, "lora_alpha": 32, "target_modules": "all-linear"});
+        let method = &METHODS[0];
         Recipe {
             model: String::new(),
+            task: None,
             data: Vec::new(),
             validation: Validation::Part(0.1),
             format: None,
@@ -102,8 +111,9 @@ impl Default for Recipe {
             device: "auto".into(),
             dtype: "auto".into(),
             prompts: Vec::new(),
-            method: Method::Lora,
-            lora: lora.as_object().cloned().unwrap_or_default(),
+            method: method.name.to_owned(),
+            defaults: Defaults::Ours,
+            options: method.ours(),
         }
     }
 }
@@ -120,117 +130,198 @@ pub(crate) struct Plan {
 impl Plan {
     /// Reads a YAML file (JSON is YAML, too) over the defaults.
     pub(crate) fn read(path: &Path) -> Result<Plan> {
+        Plan::of(&Plan::pairs(path)?).map_err(|error| usage(format!("{}: {error}", path.display())))
+    }
+
+    /// The keys and values of a YAML file.
+    pub(crate) fn pairs(path: &Path) -> Result<Vec<(String, Value)>> {
         let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
         let value: Value = serde_saphyr::from_str(&text)
             .map_err(|error| usage(format!("{}: {error}", path.display())))?;
-        let map = match value {
-            Value::Object(map) => map,
-            Value::Null => Map::new(),
-            _ => {
-                return Err(usage(format!(
-                    "{}: expected keys and values",
-                    path.display()
-                )));
-            }
-        };
+        match value {
+            Value::Object(map) => Ok(map.into_iter().collect()),
+            Value::Null => Ok(Vec::new()),
+            _ => Err(usage(format!(
+                "{}: expected keys and values",
+                path.display()
+            ))),
+        }
+    }
+
+    /// A plan out of keys and values, the later winning; the method first.
+    pub(crate) fn of(pairs: &[(String, Value)]) -> Result<Plan> {
         let mut plan = Plan::default();
-        for (key, value) in map {
-            plan.set(&key, value)
-                .map_err(|error| usage(format!("{}: {error}", path.display())))?;
+        plan.begin(pairs)?;
+        for (key, value) in pairs {
+            plan.set(key, value.clone())?;
         }
         Ok(plan)
     }
 
+    /// Finds the method and the defaults, and begins with its settings.
+    fn begin(&mut self, pairs: &[(String, Value)]) -> Result<()> {
+        let last = |wanted: &str| pairs.iter().rev().find(|(key, _)| key == wanted);
+        let section = || {
+            let named = pairs.iter().rev().find_map(|(key, _)| {
+                let key = key.split('.').next().unwrap_or(key);
+                METHODS.iter().find(|it| it.name == key)
+            });
+            named.unwrap_or(&METHODS[0])
+        };
+        let method = match last("method") {
+            Some((_, Value::String(name))) => Method::named(name)?,
+            Some((_, other)) => return Err(usage(format!("setting `method`: {other} is no name"))),
+            None => section(),
+        };
+        if let Some((_, value)) = last("defaults") {
+            self.recipe.defaults = serde_json::from_value(value.clone())
+                .map_err(|_| usage(format!("setting `defaults`: {value} is not `ours` or `python`")))?;
+        }
+        self.recipe.method = method.name.to_owned();
+        (self.recipe.options, self.settings.learning_rate) = match self.recipe.defaults {
+            Defaults::Ours => (method.ours(), method.learning_rate),
+            Defaults::Python => (Map::new(), PYTHONS_RATE),
+        };
+        Ok(())
+    }
+
+    /// The method.
+    pub(crate) fn method(&self) -> Result<&'static Method> {
+        Method::named(&self.recipe.method)
+    }
+
     /// Changes one thing by its name.
     pub(crate) fn set(&mut self, key: &str, value: Value) -> Result<()> {
-        let own = as_map(&self.recipe)?;
-        if key == "lora" {
-            let Value::Object(map) = value else {
-                return Err(usage("`lora` holds keys and values, such as `{r: 16}`"));
-            };
-            for (key, value) in map {
-                self.set_method(&key, value)?;
+        let method = self.method()?;
+        let mut own = as_map(&self.recipe)?;
+        let (section, inner) = match key.split_once('.') {
+            Some((section, inner)) => (section, Some(inner)),
+            None => (key, None),
+        };
+        if let Some(of) = METHODS.iter().find(|it| it.name == section) {
+            if of.name != method.name {
+                return Err(usage(format!(
+                    "settings of `{}`, but the method is `{}`",
+                    of.name, method.name
+                )));
             }
-            return Ok(());
+            return match (inner, value) {
+                (Some(inner), value) => self.set_option(inner, value),
+                (None, Value::Object(map)) => map
+                    .into_iter()
+                    .try_for_each(|(key, value)| self.set_option(&key, value)),
+                (None, _) => Err(usage(format!(
+                    "`{section}` holds keys and values, such as `{{r: 16}}`"
+                ))),
+            };
         }
-        if let Some(key) = key.strip_prefix("lora.") {
-            return self.set_method(key, value);
+        if ["method", "defaults"].contains(&key) {
+            return Ok(()); // looked for first, see `begin`
         }
         if own.contains_key(key) {
-            let mut own = own;
             own.insert(key.to_owned(), listed(key, value));
+            let options = std::mem::take(&mut self.recipe.options);
             self.recipe = serde_json::from_value(Value::Object(own))
                 .map_err(|error| usage(format!("setting `{key}`: {error}")))?;
+            self.recipe.options = options;
             return Ok(());
         }
-        if method_keys()?.contains_key(key) {
-            return self.set_method(key, value);
+        let options = method.keys()?;
+        if options.contains_key(key) {
+            return self.set_option(key, value);
         }
         if Settings::keys().iter().any(|known| known == key) {
             return self.settings.set(key, value).map_err(usage);
         }
         let mut known: Vec<String> = own.keys().cloned().collect();
         known.extend(Settings::keys());
-        known.extend(method_keys()?.keys().cloned());
+        known.extend(options.keys().cloned());
         let hint = nearest(key, known.iter().map(String::as_str));
-        Err(usage(format!("unknown setting `{key}`{hint}")))
+        let of_others = || {
+            let others = METHODS.iter().filter(|it| it.name != method.name);
+            others
+                .filter(|it| it.keys().is_ok_and(|keys| keys.contains_key(key)))
+                .map(|it| it.name)
+                .collect::<Vec<_>>()
+        };
+        let others = of_others();
+        if others.is_empty() {
+            return Err(usage(format!("unknown setting `{key}`{hint}")));
+        }
+        Err(usage(format!(
+            "`{key}` is a setting of {}, but the method is `{}`",
+            others.join(", "),
+            method.name
+        )))
     }
 
     /// `key=value`, the value in YAML.
-    pub(crate) fn set_text(&mut self, text: &str) -> Result<()> {
+    pub(crate) fn pair(text: &str) -> Result<(String, Value)> {
         let Some((key, value)) = text.split_once('=') else {
             return Err(usage(format!("`--set {text}`: expected KEY=VALUE")));
         };
         let value = serde_saphyr::from_str(value)
             .map_err(|error| usage(format!("`--set {text}`: {error}")))?;
-        self.set(key.trim(), value)
+        Ok((key.trim().to_owned(), value))
     }
 
-    fn set_method(&mut self, key: &str, value: Value) -> Result<()> {
-        let known = method_keys()?;
+    fn set_option(&mut self, key: &str, value: Value) -> Result<()> {
+        let method = self.method()?;
+        let known = method.keys()?;
         if !known.contains_key(key) {
             let hint = nearest(key, known.keys().map(String::as_str));
-            return Err(usage(format!("unknown setting `{key}` of LoRA{hint}")));
+            return Err(usage(format!(
+                "unknown setting `{key}` of {}{hint}",
+                method.title
+            )));
         }
-        self.recipe.lora.insert(key.to_owned(), value);
+        self.recipe.options.insert(key.to_owned(), value);
         Ok(())
     }
 
-    /// The method, configured; checks all of its settings.
-    pub(crate) fn tuner(&self, base: &str) -> Result<Box<dyn Tuner>> {
-        let mut json = self.recipe.lora.clone();
-        json.insert("peft_type".into(), "LORA".into());
-        json.insert("task_type".into(), "CAUSAL_LM".into());
-        json.insert("base_model_name_or_path".into(), base.into());
-        let config: LoraConfig = parse(Value::Object(json)).map_err(usage)?;
-        Ok(Box::new(config))
+    /// The method, configured, and all of its settings checked; `None`: full fine-tuning.
+    ///
+    /// `total` is the number of steps of the run, for methods with a schedule of their own.
+    pub(crate) fn tuner(&self, task_type: Option<&str>, total: usize) -> Result<Option<Box<dyn Tuner>>> {
+        let Some(tag) = self.method()?.peft_type else {
+            return Ok(None);
+        };
+        let mut json = self.recipe.options.clone();
+        if self.method()?.keys()?.contains_key("total_step") && !json.contains_key("total_step") {
+            json.insert("total_step".into(), total.into());
+        }
+        json.insert("peft_type".into(), tag.into());
+        json.insert("task_type".into(), task_type.into());
+        json.insert(
+            "base_model_name_or_path".into(),
+            self.recipe.model.as_str().into(),
+        );
+        let tuner = peft::builtin().parse(Value::Object(json)).map_err(usage)?;
+        Ok(Some(tuner))
+    }
+
+    /// What full fine-tuning trains; `None`: everything.
+    pub(crate) fn train_modules(&self) -> Result<Option<peft::core::Names>> {
+        let value = self.recipe.options.get(TRAIN_MODULES);
+        let value = value.filter(|it| !it.is_null());
+        let parse = |it: &Value| {
+            serde_json::from_value(it.clone())
+                .map_err(|_| usage(format!("setting `{TRAIN_MODULES}`: {it} is no list of names and no expression")))
+        };
+        value.map(parse).transpose()
     }
 
     /// The whole plan as YAML that [`Plan::read`] reads.
     pub(crate) fn to_yaml(&self) -> Result<String> {
         let mut map = as_map(&self.recipe)?;
+        let options = Value::Object(self.recipe.options.clone());
+        map.insert(self.recipe.method.clone(), options);
         map.extend(as_map(&self.settings)?);
         let body = serde_saphyr::to_string(&Value::Object(map)).context("writing the settings")?;
         Ok(format!(
             "# Every setting of this run; feed it back with: peft train config.yaml --out OTHER\n{body}"
         ))
     }
-}
-
-/// The settings of LoRA with their defaults, but for what says whose file it is.
-fn method_keys() -> Result<Map<String, Value>> {
-    let mut map = as_map(&LoraConfig::default())?;
-    for key in [
-        "task_type",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "auto_mapping",
-        "peft_version",
-    ] {
-        map.shift_remove(key);
-    }
-    Ok(map)
 }
 
 fn as_map(value: &impl Serialize) -> Result<Map<String, Value>> {
@@ -253,16 +344,16 @@ fn listed(key: &str, value: Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn set(text: &str) -> Result<Plan> {
-        let mut plan = Plan::default();
-        plan.set_text(text).map(|()| plan)
+        Plan::of(&[Plan::pair(text)?])
     }
 
     #[test]
     fn one_namespace_for_all_settings() {
-        assert_eq!(set("r=4").unwrap().recipe.lora["r"], 4);
-        assert_eq!(set("lora.r=4").unwrap().recipe.lora["r"], 4);
+        assert_eq!(set("r=4").unwrap().recipe.options["r"], 4);
+        assert_eq!(set("lora.r=4").unwrap().recipe.options["r"], 4);
         assert_eq!(
             set("learning_rate=1e-3").unwrap().settings.learning_rate,
             1e-3
@@ -277,9 +368,31 @@ mod tests {
             files
         );
         assert_eq!(
-            set("target_modules=[q_proj, v_proj]").unwrap().recipe.lora["target_modules"],
+            set("target_modules=[q_proj, v_proj]").unwrap().recipe.options["target_modules"],
             json!(["q_proj", "v_proj"])
         );
+    }
+
+    #[test]
+    fn the_method_is_found_wherever_it_is_said() {
+        let plan = |pairs: &[(&str, Value)]| {
+            let owned: Vec<_> = pairs.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+            Plan::of(&owned)
+        };
+        let late = plan(&[("train_modules", json!(["lm_head"])), ("method", json!("full"))]).unwrap();
+        assert_eq!(late.recipe.options["train_modules"], json!(["lm_head"]));
+        assert_eq!(late.settings.learning_rate, 2e-5);
+        let rate = plan(&[("learning_rate", json!(1e-3)), ("method", json!("full"))]).unwrap();
+        assert_eq!(rate.settings.learning_rate, 1e-3);
+        let other = plan(&[("method", json!("full")), ("r", json!(3))]).unwrap_err().to_string();
+        assert!(other.contains("`r` is a setting of") && other.contains("lora"), "{other}");
+        let other = plan(&[("method", json!("full")), ("lora", json!({"r": 3}))]).unwrap_err();
+        assert!(other.to_string().contains("the method is `full`"), "{other}");
+        let error = plan(&[("method", json!("lroa"))]).unwrap_err().to_string();
+        assert!(error.contains("`lora`"), "{error}");
+        let python = plan(&[("defaults", json!("python"))]).unwrap();
+        assert!(python.recipe.options.is_empty());
+        assert!(plan(&[("defaults", json!("mine"))]).is_err());
     }
 
     #[test]
@@ -302,8 +415,8 @@ mod tests {
         let mut plan = set("rank_pattern={q_proj: 4}").unwrap();
         plan.recipe.prompts = vec!["say: \"no\" # really".into(), "two\nlines".into()];
         plan.recipe.data = vec!["a b.jsonl".into()];
-        plan.set_text("lr_scheduler_kwargs={num_cycles: 0.4}")
-            .unwrap();
+        let (key, value) = Plan::pair("lr_scheduler_kwargs={num_cycles: 0.4}").unwrap();
+        plan.set(&key, value).unwrap();
         std::fs::write(&path, plan.to_yaml().unwrap()).unwrap();
         assert_eq!(Plan::read(&path).unwrap(), plan);
     }
