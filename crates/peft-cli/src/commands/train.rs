@@ -192,7 +192,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
         adapter: Vec::new(),
     }
     .find()?;
-    let tuner = plan.tuner(&plan.recipe.model)?;
+    let tuner = plan.tuner(Some("CAUSAL_LM"), 1)?;
+    let tuner = tuner.ok_or_else(|| usage("full fine-tuning is a library call, `thaw`, so far"))?;
     let tokenizer = sources.tokenizer()?;
     let place = placement(&plan)?;
     let rows = Loaded::read(&plan, &sources, &tokenizer)?;
@@ -616,7 +617,7 @@ fn overview(
         "method",
         format!(
             "{} on {} layers · {}",
-            method_name(plan),
+            plan.method()?.title,
             places.len(),
             method_line(plan)
         ),
