@@ -100,6 +100,12 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// A batch that does not fit the model: ids without a row in a table, labels of another task.
+    #[error("batch: {reason}")]
+    Batch {
+        /// What there is and what would fit.
+        reason: String,
+    },
     /// A file that is not what it should be.
     #[error("{}: {reason}", path.display())]
     File {

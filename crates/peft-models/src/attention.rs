@@ -14,11 +14,11 @@ use crate::{Cache, Input};
 /// What the new positions may look at.
 #[derive(Debug)]
 pub(crate) enum Mask {
-    /// Everything: one new position, nothing hidden.
+    /// Everything: nothing is hidden.
     All,
     /// Themselves and what is before them, with nothing in the cache.
     Causal,
-    /// `[batch or 1, 1, new, past + new]`, added to the scores: 0 or −∞.
+    /// `[batch or 1, heads or 1, new, past + new]`, added to the scores: −∞ where a position is hidden.
     Added(Tensor),
 }
 
@@ -28,8 +28,7 @@ impl Mask {
         let new = input.ids.size()[1];
         let total = past + new;
         let window = window.filter(|&w| w < total);
-        let padding = input.attention_mask.as_ref();
-        let padding = padding.filter(|it| it.logical_not().any().int64_value(&[]) != 0);
+        let padding = input.attention_mask.as_ref().filter(|it| hides(it));
         if padding.is_none() && window.is_none() {
             if new == 1 {
                 return Mask::All;
@@ -38,23 +37,77 @@ impl Mask {
                 return Mask::Causal;
             }
         }
-        let device = input.ids.device();
-        let line = |from: i64| Tensor::arange_start(from, total, (Kind::Int64, device));
-        let (query, key) = (line(past).unsqueeze(1), line(0).unsqueeze(0));
-        let mut seen = key.le_tensor(&query); // [new, total]
-        if let Some(window) = window {
-            seen = seen.logical_and(&key.gt_tensor(&(&query - window)));
+        let seen = backwards((new, past), padding, window, input.ids.device());
+        Mask::Added(added(&seen, kind))
+    }
+
+    /// The mask of a decoder whose scores have a `bias` of their own `[1, heads, new, past + new]`.
+    pub(crate) fn biased(bias: &Tensor, past: i64, attention_mask: Option<&Tensor>) -> Mask {
+        let new = bias.size()[2];
+        let padding = attention_mask.filter(|it| hides(it));
+        if new == 1 && padding.is_none() {
+            return Mask::Added(bias.shallow_clone());
         }
-        let mut seen = seen.unsqueeze(0).unsqueeze(0); // [1, 1, new, total]
-        if let Some(padding) = padding {
+        let seen = backwards((new, past), padding, None, bias.device());
+        Mask::Added(bias + added(&seen, bias.kind()))
+    }
+
+    /// The same scores with `bias` `[1, heads, new, keys]` added.
+    pub(crate) fn and(self, bias: &Tensor) -> Mask {
+        match self {
+            Mask::Added(mask) => Mask::Added(bias + mask),
+            _ => Mask::Added(bias.shallow_clone()),
+        }
+    }
+
+    /// The mask of `new` positions that see every token of `attention_mask` `[batch, keys]`, before and behind them.
+    pub(crate) fn padding(attention_mask: Option<&Tensor>, new: i64, kind: Kind) -> Mask {
+        let Some(mask) = attention_mask.filter(|it| hides(it)) else {
+            return Mask::All;
+        };
+        let real = mask.ne(0); // [batch, keys]
+        // A row of nothing but padding would be 0/0, and spoil others through 0 · NaN: it sees itself.
+        let empty = real.any_dim(1, true).logical_not();
+        let seen = real.logical_or(&empty).unsqueeze(1).unsqueeze(1); // [batch, 1, 1, keys]
+        Mask::Added(added(&seen, kind).expand([-1, -1, new, -1], false))
+    }
+}
+
+/// Which of the positions before it and itself each new one sees: `[batch or 1, 1, new, past + new]`.
+fn backwards(
+    (new, past): (i64, i64),
+    padding: Option<&Tensor>,
+    window: Option<i64>,
+    device: Device,
+) -> Tensor {
+    let total = past + new;
+    let line = |from: i64| Tensor::arange_start(from, total, (Kind::Int64, device));
+    let (query, key) = (line(past).unsqueeze(1), line(0).unsqueeze(0));
+    let mut seen = key.le_tensor(&query); // [new, total]
+    if let Some(window) = window {
+        seen = seen.logical_and(&key.gt_tensor(&(&query - window)));
+    }
+    let seen = seen.unsqueeze(0).unsqueeze(0); // [1, 1, new, total]
+    match padding {
+        None => seen,
+        Some(padding) => {
             let real = padding.ne(0).unsqueeze(1).unsqueeze(1); // [batch, 1, 1, total]
             // A row that sees nothing would be 0/0, and spoil others through 0 · NaN: it sees itself.
             let own = key.eq_tensor(&query);
-            seen = seen.logical_and(&real).logical_or(&own);
+            seen.logical_and(&real).logical_or(&own)
         }
-        let zero = Tensor::zeros(seen.size(), (kind, device));
-        Mask::Added(zero.masked_fill(&seen.logical_not(), f64::NEG_INFINITY))
     }
+}
+
+/// Whether there is padding at all.
+fn hides(mask: &Tensor) -> bool {
+    mask.logical_not().any().int64_value(&[]) != 0
+}
+
+/// 0 where something is seen and −∞ elsewhere.
+fn added(seen: &Tensor, kind: Kind) -> Tensor {
+    let zero = Tensor::zeros(seen.size(), (kind, seen.device()));
+    zero.masked_fill(&seen.logical_not(), f64::NEG_INFINITY)
 }
 
 /// How the heads of one layer attend.

@@ -19,8 +19,15 @@ pub(crate) const SINGLE: &str = "model.safetensors";
 /// On-disk name of the list of shards.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
-/// Buffers that old versions of `transformers` saved and nobody reads.
-const IGNORED: &[&str] = &[".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq"];
+/// Buffers that old versions of `transformers` saved and nobody reads, by how their names end.
+const IGNORED: &[&str] = &[
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".rotary_emb.inv_freq",
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+    ".EncDecAttention.relative_attention_bias.weight",
+];
 
 /// The weights of a model on disk.
 #[derive(Debug)]
@@ -82,18 +89,22 @@ impl Checkpoint {
         }
     }
 
-    /// Checks that nothing is left that no layer took.
-    pub fn finish(self) -> Result<()> {
-        let names = self.names();
-        let mut left = names.iter().filter(|name| {
-            !self.taken.contains(*name) && !IGNORED.iter().any(|it| name.ends_with(it))
+    /// Checks that nothing is left that no layer took; gives back what `aside` knows as another head's, by how its name
+    /// begins.
+    pub fn finish(self, aside: &[&str]) -> Result<Vec<String>> {
+        let mut names = self.names();
+        names.retain(|name| {
+            !self.taken.contains(name) && !IGNORED.iter().any(|it| name.ends_with(it))
         });
-        let Some(first) = left.next() else {
-            return Ok(());
+        let (kept, left): (Vec<_>, Vec<_>) = names
+            .into_iter()
+            .partition(|name| aside.iter().any(|it| name.starts_with(it)));
+        let Some(first) = left.first() else {
+            return Ok(kept);
         };
         Err(Error::Unexpected {
             place: self.place.display().to_string(),
-            count: 1 + left.count(),
+            count: left.len(),
             key: first.clone(),
             hint: nearest(first, self.taken.iter().map(String::as_str)),
         })

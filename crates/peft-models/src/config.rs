@@ -12,6 +12,12 @@ use serde_json::Value;
 
 use crate::{activation::Activation, rope::Rope};
 
+mod bert;
+mod t5;
+
+pub(crate) use bert::BertConfig;
+pub(crate) use t5::T5Config;
+
 /// A `config.json` and where it lies, for error messages.
 #[derive(Debug, Clone)]
 pub(crate) struct Keys {
@@ -88,6 +94,26 @@ impl Keys {
             .transpose()
     }
 
+    /// A whole number, whatever its sign.
+    pub(crate) fn whole(&self, key: &str) -> Result<Option<i64>> {
+        self.get(key)
+            .map(|it| {
+                it.as_i64()
+                    .ok_or_else(|| self.fault(key, "expected a whole number"))
+            })
+            .transpose()
+    }
+
+    /// The number of a token, below the size of the vocabulary.
+    pub(crate) fn id(&self, key: &str, vocab: i64) -> Result<Option<i64>> {
+        self.get(key)
+            .map(|it| {
+                let id = it.as_i64().filter(|it| (0..vocab).contains(it));
+                id.ok_or_else(|| self.fault(key, &format!("expected a token below {vocab}")))
+            })
+            .transpose()
+    }
+
     pub(crate) fn need<T>(&self, key: &str, value: Option<T>) -> Result<T> {
         value.ok_or_else(|| self.fault(key, "which this model needs"))
     }
@@ -134,7 +160,7 @@ impl Keys {
 
 /// What tells one member of the Llama family from another.
 #[derive(Debug, Clone)]
-pub struct LlamaConfig {
+pub(crate) struct LlamaConfig {
     pub(crate) model_type: String,
     pub(crate) vocab: i64,
     pub(crate) hidden: i64,
@@ -146,7 +172,6 @@ pub struct LlamaConfig {
     pub(crate) activation: Activation,
     pub(crate) max_positions: i64,
     pub(crate) eps: f64,
-    pub(crate) tied: bool,
     pub(crate) rope: Rope,
     /// Biases on the projections of queries, keys and values.
     pub(crate) qkv_bias: bool,
@@ -214,7 +239,6 @@ impl LlamaConfig {
             activation: keys.activation("hidden_act", "silu")?,
             max_positions,
             eps: keys.positive("rms_norm_eps", 1e-6)?,
-            tied: keys.flag("tie_word_embeddings", false)?,
             rope: rope(keys, head_dim, max_positions)?,
             qkv_bias: qwen2 || attention_bias,
             output_bias: attention_bias,
@@ -375,7 +399,7 @@ fn rope(keys: &Keys, head_dim: i64, max_positions: i64) -> Result<Rope> {
 
 /// What tells one GPT-2 from another.
 #[derive(Debug, Clone)]
-pub struct Gpt2Config {
+pub(crate) struct Gpt2Config {
     pub(crate) vocab: i64,
     pub(crate) hidden: i64,
     pub(crate) inner: i64,
@@ -384,7 +408,6 @@ pub struct Gpt2Config {
     pub(crate) max_positions: i64,
     pub(crate) activation: Activation,
     pub(crate) eps: f64,
-    pub(crate) tied: bool,
     pub(crate) scale_by_width: bool,
     pub(crate) scale_by_layer: bool,
     pub(crate) resid_dropout: f64,
@@ -420,7 +443,6 @@ impl Gpt2Config {
             max_positions: named("n_positions", "max_position_embeddings", 1024)?,
             activation: keys.activation("activation_function", "gelu_new")?,
             eps: keys.positive("layer_norm_epsilon", 1e-5)?,
-            tied: keys.flag("tie_word_embeddings", true)?,
             scale_by_width: keys.flag("scale_attn_weights", true)?,
             scale_by_layer: keys.flag("scale_attn_by_inverse_layer_idx", false)?,
             resid_dropout: keys.share("resid_pdrop", 0.1)?,

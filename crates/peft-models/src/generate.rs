@@ -23,14 +23,14 @@
 
 use std::ops::ControlFlow;
 
-use peft_core::Ctx;
+use peft_core::{Ctx, Linear};
 use rand_chacha::{
     ChaCha8Rng,
     rand_core::{Rng, SeedableRng},
 };
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
-use crate::{Cache, Decoder, Input};
+use crate::{Cache, Decoder, Encoded, Input, Network, Seq2Seq};
 
 /// How to go on from a prompt, and for how long.
 #[derive(Debug, Clone, PartialEq)]
@@ -184,7 +184,50 @@ pub fn generate(
     if prompts.is_empty() {
         return Ok(Vec::new());
     }
-    tch::no_grad(|| Rows::begin(model, prompts, sampling).run(&mut Cache::new(), 0, each))
+    let rows = Rows::begin(Writer::Decoder(model), prompts, sampling);
+    tch::no_grad(|| rows.run(&mut Cache::new(), 0, each))
+}
+
+/// Writes a text for each source; `each(row, token)` sees the tokens as they come and may end its row.
+///
+/// The encoder reads every source once, and what the decoder takes from it is computed once.
+pub fn generate_seq2seq(
+    model: &dyn Seq2Seq,
+    sources: &[Vec<u32>],
+    sampling: &Sampling,
+    each: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
+) -> Result<Vec<Answer>, GenerateError> {
+    sampling.check()?;
+    known(sources, i64::MAX, model.vocab())?;
+    if sources.is_empty() {
+        return Ok(Vec::new());
+    }
+    let start = vec![vec![model.start() as u32]; sources.len()];
+    tch::no_grad(|| {
+        let source = model.encode(&padded_behind(sources, model.device()), Ctx::EVAL);
+        let rows = Rows::begin(Writer::Seq2Seq(model, source), &start, sampling);
+        rows.run(&mut Cache::new(), 0, each)
+    })
+}
+
+/// Sources of different lengths as one batch: padded behind and masked.
+fn padded_behind(sources: &[Vec<u32>], device: Device) -> Input {
+    let width = sources.iter().map(Vec::len).max().unwrap_or(0);
+    let (mut ids, mut mask) = (Vec::new(), Vec::new());
+    for source in sources {
+        let gap = width - source.len();
+        ids.extend(source.iter().map(|&id| i64::from(id)));
+        ids.extend(std::iter::repeat_n(0, gap));
+        mask.extend((0..width).map(|i| i64::from(i < source.len())));
+    }
+    let load = |values: &[i64]| {
+        let shape = [sources.len() as i64, width as i64];
+        Tensor::from_slice(values).view(shape).to_device(device)
+    };
+    Input {
+        attention_mask: Some(load(&mask)),
+        ..Input::new(load(&ids))
+    }
 }
 
 /// Answers one prompt; what it begins with in common with what `memory` holds is not computed again.
@@ -198,7 +241,7 @@ pub fn converse(
     let prompts = [prompt.to_vec()];
     check(model, &prompts, sampling)?;
     let kept = memory.keep(prompt);
-    let rows = Rows::begin(model, &prompts, sampling);
+    let rows = Rows::begin(Writer::Decoder(model), &prompts, sampling);
     let cache = &mut memory.cache;
     let answers = tch::no_grad(|| rows.run(cache, kept, &mut |_, token| each(token)))?;
     let answer = answers.into_iter().next().expect("one prompt, one answer");
@@ -227,7 +270,11 @@ impl Sampling {
 
 fn check(model: &dyn Decoder, prompts: &[Vec<u32>], it: &Sampling) -> Result<(), GenerateError> {
     it.check()?;
-    let (context, vocab) = (limit(model, it), model.vocab());
+    known(prompts, limit(model, it), model.vocab())
+}
+
+/// Checks that there is something to go on from, not too much of it, and that the model knows every token.
+fn known(prompts: &[Vec<u32>], context: i64, vocab: i64) -> Result<(), GenerateError> {
     for (row, prompt) in (1..).zip(prompts) {
         let tokens = prompt.len();
         if tokens == 0 {
@@ -248,18 +295,66 @@ fn check(model: &dyn Decoder, prompts: &[Vec<u32>], it: &Sampling) -> Result<(),
 }
 
 /// The most positions: as asked for, but where the model looks positions up it ends with its table.
-fn limit(model: &dyn Decoder, sampling: &Sampling) -> i64 {
+fn limit<N: Network + ?Sized>(model: &N, sampling: &Sampling) -> i64 {
     let made_for = model.max_positions();
     match sampling.context {
-        Some(context) if model.spec().model_type != "gpt2" => context,
+        Some(context) if !model.learned_positions() => context,
         Some(context) => context.min(made_for),
         None => made_for,
     }
 }
 
+/// What writes.
+enum Writer<'a> {
+    /// A decoder goes on from its prompts.
+    Decoder(&'a dyn Decoder),
+    /// A decoder looks at sources, which were read.
+    Seq2Seq(&'a dyn Seq2Seq, Encoded),
+}
+
+impl Writer<'_> {
+    /// The vectors of the new positions, `[live, new, hidden]`.
+    fn hidden(&self, input: &Input, cache: &mut Cache) -> Tensor {
+        match self {
+            Writer::Decoder(model) => model.hidden(input, Some(cache), Ctx::EVAL),
+            Writer::Seq2Seq(model, source) => {
+                model.decode(&input.ids, None, source, Some(cache), Ctx::EVAL)
+            }
+        }
+    }
+
+    fn head(&self) -> &Linear {
+        match self {
+            Writer::Decoder(model) => model.head(),
+            Writer::Seq2Seq(model, _) => model.head(),
+        }
+    }
+
+    fn device(&self) -> Device {
+        match self {
+            Writer::Decoder(model) => model.device(),
+            Writer::Seq2Seq(model, _) => model.device(),
+        }
+    }
+
+    fn limit(&self, sampling: &Sampling) -> i64 {
+        match self {
+            Writer::Decoder(model) => limit(*model, sampling),
+            Writer::Seq2Seq(model, _) => limit(*model, sampling),
+        }
+    }
+
+    /// Keeps the rows `[n]` of the batch.
+    fn select(&mut self, rows: &Tensor) {
+        if let Writer::Seq2Seq(_, source) = self {
+            source.select(rows);
+        }
+    }
+}
+
 /// The rows of a batch, those that are still being written in front of the model.
 struct Rows<'a> {
-    model: &'a dyn Decoder,
+    model: Writer<'a>,
     sampling: &'a Sampling,
     context: i64,
     rows: Vec<Row>,
@@ -276,7 +371,7 @@ struct Row {
 }
 
 impl Rows<'_> {
-    fn begin<'a>(model: &'a dyn Decoder, prompts: &[Vec<u32>], sampling: &'a Sampling) -> Rows<'a> {
+    fn begin<'a>(model: Writer<'a>, prompts: &[Vec<u32>], sampling: &'a Sampling) -> Rows<'a> {
         let row = |prompt: &Vec<u32>| Row {
             prompt: prompt.len(),
             tokens: prompt.clone(),
@@ -288,9 +383,9 @@ impl Rows<'_> {
             .filter(|&i| rows[i].stop.is_none())
             .collect();
         Rows {
+            context: model.limit(sampling),
             model,
             sampling,
-            context: limit(model, sampling),
             rows,
             live,
         }
@@ -339,9 +434,9 @@ impl Rows<'_> {
         let mask = Tensor::from_slice(&mask).view(shape);
         let positions = (mask.cumsum(1, Kind::Int64) - 1).clamp_min(0);
         Input {
-            ids,
             position_ids: Some(positions.to_device(device)),
             attention_mask: Some(mask.to_device(device)),
+            ..Input::new(ids)
         }
     }
 
@@ -357,6 +452,7 @@ impl Rows<'_> {
             self.live.retain(|row| self.rows[*row].stop.is_none());
             if !self.live.is_empty() {
                 cache.select(&kept);
+                self.model.select(&kept);
             }
             mask = mask.map(|it| it.index_select(0, &kept));
         }
@@ -370,14 +466,14 @@ impl Rows<'_> {
             Some(mask) => Input {
                 position_ids: Some(column(&|row| row.tokens.len() as i64 - 1)),
                 attention_mask: Some(Tensor::cat(&[&mask, &ids.ones_like()], 1)),
-                ids,
+                ..Input::new(ids)
             },
         }
     }
 
     /// `[live, vocab]` in fp32, with the penalty for repetition.
     fn scores(&self, input: &Input, cache: &mut Cache) -> Result<Tensor, GenerateError> {
-        let hidden = self.model.hidden(input, Some(cache), Ctx::EVAL);
+        let hidden = self.model.hidden(input, cache);
         let last = hidden.narrow(1, hidden.size()[1] - 1, 1).squeeze_dim(1);
         let scores = self
             .model

@@ -4,31 +4,32 @@
 //! x = E[ids] + P[positions]
 //! each layer:  x += c_proj · attention(c_attn · n(x))
 //!              x += c_proj · act(c_fc · n(x))
-//! logits = H · n(x)                                   n = LayerNorm
+//! hidden = n(x)                                       n = LayerNorm
 //! ```
 //!
 //! Its linear layers are kept `[in, out]` on disk (`Conv1D` in `transformers`) and are transposed views here:
 //! everything else sees `[out, in]`.
 
-use peft_core::{Ctx, Embedding, Linear, Model, Norm, NormKind, Result, Slot, Spec, Weights};
+use peft_core::{Ctx, Embedding, Linear, Norm, Result, Slot, Spec, Weights};
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use crate::{
-    Cache, Decoder, Input,
+    Cache, Input,
     attention::{Heads, Mask, attend, positions},
+    body::{Body, Visitor, dropout, layer_norm, root},
     config::Gpt2Config,
+    input::Sizes,
 };
 
-/// A GPT-2.
+/// A GPT-2 without a head.
 #[derive(Debug)]
-pub struct Gpt2 {
+pub(crate) struct Gpt2 {
     config: Gpt2Config,
     tokens: Embedding,
     places: Embedding,
     blocks: Vec<Block>,
     norm: Norm,
-    head: Linear,
 }
 
 #[derive(Debug)]
@@ -43,26 +44,19 @@ struct Block {
 
 impl Gpt2 {
     /// Builds the model out of `weights`.
-    pub fn build(config: Gpt2Config, weights: &mut dyn Weights) -> Result<Gpt2> {
+    pub(crate) fn build(config: Gpt2Config, weights: &mut dyn Weights) -> Result<Gpt2> {
         let c = &config;
-        // OpenAI's own checkpoint is one of the bare model: it lacks the first component of the names.
-        let root = if weights.has("transformer.wte.weight") {
-            "transformer."
-        } else {
-            ""
-        };
+        let root = root(weights, &["transformer."], "wte.weight");
         let tokens = weights.tensor(&format!("{root}wte.weight"), &[c.vocab, c.hidden])?;
         let places = weights.tensor(&format!("{root}wpe.weight"), &[c.max_positions, c.hidden])?;
         let blocks = (0..c.layers).map(|i| Block::build(c, &format!("{root}h.{i}"), weights));
         let blocks = blocks.collect::<Result<_>>()?;
-        let norm = layer_norm(weights, &format!("{root}ln_f"), c)?;
-        let head = crate::build::head(weights, &tokens, c.tied)?;
+        let norm = layer_norm(weights, &format!("{root}ln_f"), c.hidden, c.eps)?;
         Ok(Gpt2 {
             tokens: Embedding::new(tokens),
             places: Embedding::new(places),
             blocks,
             norm,
-            head,
             config,
         })
     }
@@ -86,23 +80,17 @@ impl Block {
     fn build(c: &Gpt2Config, at: &str, w: &mut dyn Weights) -> Result<Block> {
         let h = c.hidden;
         Ok(Block {
-            norm1: layer_norm(w, &format!("{at}.ln_1"), c)?,
+            norm1: layer_norm(w, &format!("{at}.ln_1"), h, c.eps)?,
             qkv: w.linear_transposed(&format!("{at}.attn.c_attn"), (3 * h, h))?,
             out: w.linear_transposed(&format!("{at}.attn.c_proj"), (h, h))?,
-            norm2: layer_norm(w, &format!("{at}.ln_2"), c)?,
+            norm2: layer_norm(w, &format!("{at}.ln_2"), h, c.eps)?,
             fc: w.linear_transposed(&format!("{at}.mlp.c_fc"), (c.inner, h))?,
             proj: w.linear_transposed(&format!("{at}.mlp.c_proj"), (h, c.inner))?,
         })
     }
 }
 
-fn layer_norm(w: &mut dyn Weights, at: &str, c: &Gpt2Config) -> Result<Norm> {
-    let weight = w.tensor(&format!("{at}.weight"), &[c.hidden])?;
-    let bias = w.tensor(&format!("{at}.bias"), &[c.hidden])?;
-    Ok(Norm::new(NormKind::Layer, weight, Some(bias), c.eps))
-}
-
-impl Decoder for Gpt2 {
+impl Body for Gpt2 {
     fn hidden(&self, input: &Input, mut cache: Option<&mut Cache>, ctx: Ctx) -> Tensor {
         let c = &self.config;
         let past = cache.as_ref().map_or(0, |it| it.len());
@@ -129,36 +117,25 @@ impl Decoder for Gpt2 {
         self.norm.forward(&x, ctx)
     }
 
-    fn head(&self) -> &Linear {
-        &self.head
+    fn table(&self) -> &Embedding {
+        &self.tokens
     }
-    fn vocab(&self) -> i64 {
-        self.config.vocab
+
+    fn sizes(&self) -> Sizes {
+        let c = &self.config;
+        Sizes {
+            vocab: c.vocab,
+            positions: Some(c.max_positions),
+            longest: c.max_positions,
+            token_types: None,
+        }
     }
-    fn device(&self) -> Device {
-        self.tokens.device()
-    }
-    fn kind(&self) -> Kind {
-        self.tokens.weight().kind()
-    }
-    fn max_positions(&self) -> i64 {
-        self.config.max_positions
-    }
+
     fn config(&self) -> &Value {
         &self.config.json
     }
-}
 
-fn dropout(x: Tensor, p: f64, ctx: Ctx) -> Tensor {
-    if ctx.train && p > 0.0 {
-        x.dropout(p, true)
-    } else {
-        x
-    }
-}
-
-impl Model for Gpt2 {
-    fn spec(&self) -> Spec {
+    fn spec(&self, root: &str) -> Spec {
         let c = &self.config;
         Spec {
             model_type: "gpt2".into(),
@@ -167,20 +144,17 @@ impl Model for Gpt2 {
             heads: c.heads,
             kv_heads: c.heads,
             head_dim: c.hidden / c.heads,
-            input_embedding: "transformer.wte".into(),
-            output_embedding: Some("lm_head".into()),
-            tied: c.tied,
+            input_embedding: format!("{root}wte"),
             transposed: true,
-            encoder_decoder: false,
-            task_head: None,
+            ..Spec::default()
         }
     }
 
-    fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>)) {
-        visit("transformer.wte", Slot::Embedding(&mut self.tokens));
-        visit("transformer.wpe", Slot::Embedding(&mut self.places));
+    fn slots(&mut self, root: &str, visit: Visitor<'_>) {
+        visit(&format!("{root}wte"), Slot::Embedding(&mut self.tokens));
+        visit(&format!("{root}wpe"), Slot::Embedding(&mut self.places));
         for (i, block) in self.blocks.iter_mut().enumerate() {
-            let at = format!("transformer.h.{i}");
+            let at = format!("{root}h.{i}");
             visit(&format!("{at}.ln_1"), Slot::Norm(&mut block.norm1));
             visit(&format!("{at}.attn.c_attn"), Slot::Linear(&mut block.qkv));
             visit(&format!("{at}.attn.c_proj"), Slot::Linear(&mut block.out));
@@ -188,7 +162,6 @@ impl Model for Gpt2 {
             visit(&format!("{at}.mlp.c_fc"), Slot::Linear(&mut block.fc));
             visit(&format!("{at}.mlp.c_proj"), Slot::Linear(&mut block.proj));
         }
-        visit("transformer.ln_f", Slot::Norm(&mut self.norm));
-        visit("lm_head", Slot::Linear(&mut self.head));
+        visit(&format!("{root}ln_f"), Slot::Norm(&mut self.norm));
     }
 }

@@ -19,28 +19,42 @@
 //! Numbers are those of `transformers`; names, shapes and files as well.
 
 mod activation;
+mod assemble;
 mod attention;
-mod build;
+mod bert;
+mod body;
+mod cache;
 mod checkpoint;
 mod config;
 mod decoder;
 mod generate;
 mod gpt2;
+mod head;
+mod headed;
 mod hub;
+mod input;
+mod language_model;
 mod llama;
 mod loss;
 mod open;
 mod rope;
 mod save;
+mod seq2seq;
+mod t5;
+mod task;
 
 pub use activation::Activation;
+pub use assemble::{HeadOptions, MODEL_TYPES, tasks};
+pub use cache::Cache;
 pub use checkpoint::Checkpoint;
-pub use config::{Gpt2Config, LlamaConfig};
-pub use decoder::{Cache, Decoder, Input};
-pub use generate::{Answer, GenerateError, Memory, Sampling, Stop, converse, generate};
-pub use gpt2::Gpt2;
-pub use llama::Llama;
+pub use decoder::Decoder;
+pub use generate::{
+    Answer, GenerateError, Memory, Sampling, Stop, converse, generate, generate_seq2seq,
+};
+pub use input::Input;
 pub use loss::{IGNORE, causal_loss, head_loss, labelled};
-pub use open::{MODEL_TYPES, OpenOptions, Source, open, open_source};
+pub use open::{OpenOptions, Source, open, open_source, open_task};
 pub use rope::Rope;
 pub use save::{parameters, save, save_sharded};
+pub use seq2seq::{Encoded, Seq2Seq};
+pub use task::{Classes, Labels, Network, Problem, Task, UnknownTask};

@@ -4,31 +4,32 @@
 //! x = E[ids]
 //! each layer:  x += O · attention(rope(Q·n(x)), rope(K·n(x)), V·n(x))
 //!              x += D · (act(G·n(x)) · U·n(x))
-//! logits = H · n(x)                                   n = RMSNorm
+//! hidden = n(x)                                       n = RMSNorm
 //! ```
 //!
 //! Qwen 2 has biases on Q, K, V; Qwen 3 a norm on each head of Q and K; Mistral and Qwen may look back
 //! through a window only. Names are those of `transformers`.
 
-use peft_core::{Ctx, Embedding, Linear, Model, Norm, NormKind, Result, Slot, Spec, Weights};
+use peft_core::{Ctx, Embedding, Linear, Norm, Result, Slot, Spec, Weights};
 use peft_torch::rope;
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use crate::{
-    Cache, Decoder, Input,
+    Cache, Input,
     attention::{Heads, Mask, attend, positions},
+    body::{Body, Visitor, rms_norm, root},
     config::LlamaConfig,
+    input::Sizes,
 };
 
-/// A decoder of the Llama family.
+/// A model of the Llama family without a head.
 #[derive(Debug)]
-pub struct Llama {
+pub(crate) struct Llama {
     config: LlamaConfig,
     embed: Embedding,
     layers: Vec<Layer>,
     norm: Norm,
-    head: Linear,
 }
 
 #[derive(Debug)]
@@ -58,24 +59,18 @@ struct Mlp {
 
 impl Llama {
     /// Builds the model out of `weights`.
-    pub fn build(config: LlamaConfig, weights: &mut dyn Weights) -> Result<Llama> {
+    pub(crate) fn build(config: LlamaConfig, weights: &mut dyn Weights) -> Result<Llama> {
         let c = &config;
-        // A checkpoint of the bare model lacks the first component of the names.
-        let root = if weights.has("model.embed_tokens.weight") {
-            "model."
-        } else {
-            ""
-        };
+        // Models that find an answer's span are saved under `transformer.`.
+        let root = root(weights, &["model.", "transformer."], "embed_tokens.weight");
         let embed = weights.tensor(&format!("{root}embed_tokens.weight"), &[c.vocab, c.hidden])?;
         let layers = (0..c.layers).map(|i| Layer::build(c, &format!("{root}layers.{i}"), weights));
         let layers = layers.collect::<Result<_>>()?;
-        let norm = rms(weights, &format!("{root}norm"), c.hidden, c.eps)?;
-        let head = crate::build::head(weights, &embed, c.tied)?;
+        let norm = rms_norm(weights, &format!("{root}norm"), c.hidden, c.eps)?;
         Ok(Llama {
             embed: Embedding::new(embed),
             layers,
             norm,
-            head,
             config,
         })
     }
@@ -121,13 +116,13 @@ impl Layer {
         let mlp = |name: &str| format!("{at}.mlp.{name}");
         let qk_norm = match c.qk_norm {
             true => Some((
-                rms(w, &attn("q_norm"), d, c.eps)?,
-                rms(w, &attn("k_norm"), d, c.eps)?,
+                rms_norm(w, &attn("q_norm"), d, c.eps)?,
+                rms_norm(w, &attn("k_norm"), d, c.eps)?,
             )),
             false => None,
         };
         Ok(Layer {
-            input_norm: rms(w, &format!("{at}.input_layernorm"), h, c.eps)?,
+            input_norm: rms_norm(w, &format!("{at}.input_layernorm"), h, c.eps)?,
             attention: Attention {
                 q: w.linear(&attn("q_proj"), (c.heads * d, h), c.qkv_bias)?,
                 k: w.linear(&attn("k_proj"), (c.kv_heads * d, h), c.qkv_bias)?,
@@ -135,7 +130,7 @@ impl Layer {
                 o: w.linear(&attn("o_proj"), (h, c.heads * d), c.output_bias)?,
                 qk_norm,
             },
-            mlp_norm: rms(w, &format!("{at}.post_attention_layernorm"), h, c.eps)?,
+            mlp_norm: rms_norm(w, &format!("{at}.post_attention_layernorm"), h, c.eps)?,
             mlp: Mlp {
                 gate: w.linear(&mlp("gate_proj"), (c.intermediate, h), c.mlp_bias)?,
                 up: w.linear(&mlp("up_proj"), (c.intermediate, h), c.mlp_bias)?,
@@ -145,12 +140,7 @@ impl Layer {
     }
 }
 
-fn rms(w: &mut dyn Weights, at: &str, width: i64, eps: f64) -> Result<Norm> {
-    let weight = w.tensor(&format!("{at}.weight"), &[width])?;
-    Ok(Norm::new(NormKind::Rms, weight, None, eps))
-}
-
-impl Decoder for Llama {
+impl Body for Llama {
     fn hidden(&self, input: &Input, mut cache: Option<&mut Cache>, ctx: Ctx) -> Tensor {
         let past = cache.as_ref().map_or(0, |it| it.len());
         let mut x = self.embed.forward(&input.ids, ctx); // [batch, seq, hidden]
@@ -180,28 +170,24 @@ impl Decoder for Llama {
         self.norm.forward(&x, ctx)
     }
 
-    fn head(&self) -> &Linear {
-        &self.head
+    fn table(&self) -> &Embedding {
+        &self.embed
     }
-    fn vocab(&self) -> i64 {
-        self.config.vocab
+
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            vocab: self.config.vocab,
+            positions: None,
+            longest: self.config.max_positions,
+            token_types: None,
+        }
     }
-    fn device(&self) -> Device {
-        self.embed.device()
-    }
-    fn kind(&self) -> Kind {
-        self.embed.weight().kind()
-    }
-    fn max_positions(&self) -> i64 {
-        self.config.max_positions
-    }
+
     fn config(&self) -> &Value {
         &self.config.json
     }
-}
 
-impl Model for Llama {
-    fn spec(&self) -> Spec {
+    fn spec(&self, root: &str) -> Spec {
         let c = &self.config;
         Spec {
             model_type: c.model_type.clone(),
@@ -210,19 +196,18 @@ impl Model for Llama {
             heads: c.heads,
             kv_heads: c.kv_heads,
             head_dim: c.head_dim,
-            input_embedding: "model.embed_tokens".into(),
-            output_embedding: Some("lm_head".into()),
-            tied: c.tied,
-            transposed: false,
-            encoder_decoder: false,
-            task_head: None,
+            input_embedding: format!("{root}embed_tokens"),
+            ..Spec::default()
         }
     }
 
-    fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>)) {
-        visit("model.embed_tokens", Slot::Embedding(&mut self.embed));
+    fn slots(&mut self, root: &str, visit: Visitor<'_>) {
+        visit(
+            &format!("{root}embed_tokens"),
+            Slot::Embedding(&mut self.embed),
+        );
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            let at = format!("model.layers.{i}");
+            let at = format!("{root}layers.{i}");
             let attn = &mut layer.attention;
             for (name, linear) in [
                 ("q_proj", &mut attn.q),
@@ -252,7 +237,6 @@ impl Model for Llama {
                 Slot::Norm(&mut layer.mlp_norm),
             );
         }
-        visit("model.norm", Slot::Norm(&mut self.norm));
-        visit("lm_head", Slot::Linear(&mut self.head));
+        visit(&format!("{root}norm"), Slot::Norm(&mut self.norm));
     }
 }

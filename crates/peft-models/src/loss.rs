@@ -13,11 +13,15 @@
 //! dW = Σ chunks (softmax(z) − onehot(y))ᵀ rows. A head with an adapter needs its scores in the backward pass; then
 //! libtorch differentiates, chunk by chunk.
 
-use peft_core::{Ctx, Linear};
+use peft_core::{Ctx, Error, Linear, Result};
 use peft_torch::{Function, apply, cross_entropy_, linear, vjp};
 use tch::{Kind, Reduction, TchError, Tensor};
 
-use crate::{Decoder, Input};
+use crate::{
+    Decoder, Input, Labels,
+    input::{fault, within},
+    task::{Classes, Problem},
+};
 
 /// The label of a position that does not count.
 pub const IGNORE: i64 = -100;
@@ -49,14 +53,26 @@ pub fn causal_loss(model: &dyn Decoder, input: &Input, labels: &Tensor, ctx: Ctx
 }
 
 /// The hidden vectors that predict something `[n, hidden]`, and what they predict `[n]`.
+///
+/// labels: `[batch, seq]`; hidden may have more positions in front of them.
 pub fn labelled(hidden: &Tensor, labels: &Tensor) -> (Tensor, Tensor) {
-    let size = hidden.size();
-    let (seq, width) = (size[1], size[2]);
+    let (batch, seq) = (labels.size()[0], labels.size()[1]);
     let next = labels.narrow(1, 1, seq - 1); // [batch, seq - 1]
-    let last = Tensor::full([size[0], 1], IGNORE, (Kind::Int64, labels.device()));
-    let targets = Tensor::cat(&[&next, &last], 1).view([-1]); // [batch · seq]
+    let last = Tensor::full([batch, 1], IGNORE, (Kind::Int64, labels.device()));
+    labelled_here(hidden, &Tensor::cat(&[&next, &last], 1))
+}
+
+/// The same where each position predicts its own label.
+pub(crate) fn labelled_here(hidden: &Tensor, labels: &Tensor) -> (Tensor, Tensor) {
+    let size = hidden.size();
+    let ahead = size[1] - labels.size()[1];
+    let targets = match ahead {
+        0 => labels.shallow_clone(),
+        _ => labels.pad([ahead, 0], "constant", IGNORE as f64),
+    };
+    let targets = targets.reshape([-1]); // [batch · seq]
     let at = targets.ne(IGNORE).nonzero().view([-1]);
-    let rows = hidden.reshape([-1, width]).index_select(0, &at);
+    let rows = hidden.reshape([-1, size[2]]).index_select(0, &at);
     (rows, targets.index_select(0, &at))
 }
 
@@ -153,5 +169,153 @@ impl Function for HeadLoss {
     ) -> Result<Vec<Option<Tensor>>, TchError> {
         let both = grads[0].as_ref().zip(self.0.as_ref());
         Ok(vec![both.map(|(g, rows)| rows * g.to_kind(rows.kind()))])
+    }
+}
+
+/// Sum of cross-entropies of scores `[n, classes]` against targets `[n]`, and how many of these count.
+pub(crate) fn class_loss(logits: &Tensor, targets: &Tensor) -> (Tensor, i64) {
+    let logits = logits.to_kind(Kind::Float);
+    let sum = logits.cross_entropy_loss::<Tensor>(targets, None, Reduction::Sum, IGNORE, 0.0);
+    (sum, targets.ne(IGNORE).sum(Kind::Int64).int64_value(&[]))
+}
+
+/// The loss of one answer a row; `logits` gives `[batch, labels]`, once the labels are known to fit.
+pub(crate) fn rows_loss(
+    classes: &Classes,
+    labels: &Labels,
+    batch: i64,
+    logits: impl FnOnce() -> Tensor,
+) -> Result<(Tensor, i64)> {
+    let outputs = classes.names.len() as i64;
+    let wide = [batch, outputs];
+    match (labels, problem(classes, labels)?) {
+        (Labels::Classes(targets), Problem::SingleLabel) => {
+            shaped(targets, &[batch])?;
+            in_range(targets, outputs)?;
+            Ok(class_loss(&logits(), targets))
+        }
+        (Labels::MultiLabel(marks), Problem::MultiLabel) => {
+            shaped(marks, &wide)?;
+            let marks = marks.to_kind(Kind::Float);
+            let fits = marks.ge(0.0).logical_and(&marks.le(1.0)).all();
+            if fits.int64_value(&[]) == 0 {
+                return Err(fault("labels of several classes are 0 or 1".to_owned()));
+            }
+            let scores = logits().to_kind(Kind::Float);
+            let none = None::<Tensor>;
+            let sum = scores.binary_cross_entropy_with_logits(
+                &marks,
+                none.as_ref(),
+                none.as_ref(),
+                Reduction::Sum,
+            );
+            Ok((sum, batch * outputs))
+        }
+        (Labels::Values(values), Problem::Regression) => {
+            let one = outputs == 1 && values.size() == [batch];
+            if !one {
+                shaped(values, &wide)?;
+            }
+            let values = values.to_kind(Kind::Float).reshape(wide);
+            if values.isfinite().all().int64_value(&[]) == 0 {
+                return Err(fault("labels are not finite".to_owned()));
+            }
+            let sum = logits()
+                .to_kind(Kind::Float)
+                .mse_loss(&values, Reduction::Sum);
+            Ok((sum, batch * outputs))
+        }
+        (labels, problem) => Err(fault(format!(
+            "labels are {}, but the head is for {}",
+            labels.sort(),
+            problem.name()
+        ))),
+    }
+}
+
+/// What the outputs mean: as the configuration says, or as the labels look.
+fn problem(classes: &Classes, labels: &Labels) -> Result<Problem> {
+    if let Some(problem) = classes.problem {
+        return Ok(problem);
+    }
+    match (classes.names.len(), labels) {
+        (1, _) => Ok(Problem::Regression),
+        (_, Labels::Classes(_)) => Ok(Problem::SingleLabel),
+        (_, Labels::MultiLabel(_)) => Ok(Problem::MultiLabel),
+        // Python would take them for marks of several classes.
+        (n, _) => Err(fault(format!(
+            "labels are {}, but the head has {n} outputs and no `problem_type`; known are {:?}",
+            labels.sort(),
+            Problem::NAMES.map(|(name, _)| name)
+        ))),
+    }
+}
+
+/// Half the sum of the losses of the beginnings and the ends; scores: `[batch, seq]` each, labels: `[batch]` each.
+///
+/// A label that lies outside of the text counts for nothing, and so the two means may go over different numbers of rows:
+/// the sum is then scaled to the larger.
+pub(crate) fn span_loss(scores: &[Tensor; 2], labels: [&Tensor; 2]) -> Result<(Tensor, i64)> {
+    let (batch, seq) = (scores[0].size()[0], scores[0].size()[1]);
+    let mut parts = Vec::new();
+    for (scores, labels) in scores.iter().zip(labels) {
+        shaped(labels, &[batch])?;
+        whole(labels)?;
+        let targets = labels.clamp(0, seq);
+        let targets = targets.masked_fill(&targets.eq(seq), IGNORE);
+        parts.push(class_loss(scores, &targets));
+    }
+    let count = parts.iter().map(|it| it.1).max().unwrap_or(0);
+    let scaled = parts.iter().map(|(sum, n)| match n {
+        0 => sum * 0.0,
+        n => sum * (count as f64 / *n as f64),
+    });
+    let sum = scaled.reduce(|a, b| a + b).expect("two parts");
+    Ok((sum / 2.0, count))
+}
+
+/// Labels for each token `[batch, seq]` below `known`, or [`IGNORE`].
+pub(crate) fn tokens_of<'a>(labels: &'a Labels, input: &Input, known: i64) -> Result<&'a Tensor> {
+    let tokens = each_token(labels)?;
+    shaped(tokens, &input.ids.size())?;
+    in_range(tokens, known)?;
+    Ok(tokens)
+}
+
+/// Labels that are one for each token.
+pub(crate) fn each_token(labels: &Labels) -> Result<&Tensor> {
+    match labels {
+        Labels::Tokens(tokens) => Ok(tokens),
+        other => Err(fault(format!(
+            "labels are {}, expected one for each token",
+            other.sort()
+        ))),
+    }
+}
+
+/// Checks labels that are numbers of classes.
+pub(crate) fn in_range(labels: &Tensor, known: i64) -> Result<()> {
+    whole(labels)?;
+    let counted = labels.masked_fill(&labels.eq(IGNORE), 0);
+    within("labels", &counted, known)
+}
+
+fn whole(labels: &Tensor) -> Result<()> {
+    match labels.kind() {
+        Kind::Int64 => Ok(()),
+        kind => Err(fault(format!(
+            "labels are of type {kind:?}, expected Int64"
+        ))),
+    }
+}
+
+pub(crate) fn shaped(labels: &Tensor, expected: &[i64]) -> Result<()> {
+    match labels.size() {
+        size if size == expected => Ok(()),
+        got => Err(Error::Shape {
+            key: "labels".to_owned(),
+            expected: expected.to_vec(),
+            got,
+        }),
     }
 }

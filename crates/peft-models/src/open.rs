@@ -8,12 +8,11 @@ use serde_json::Value;
 use tch::{Device, Kind};
 
 use crate::{
-    Decoder,
+    Decoder, Network, Task,
+    assemble::{self, HeadOptions},
     checkpoint::Checkpoint,
-    config::{Gpt2Config, Keys, LlamaConfig},
-    gpt2::Gpt2,
+    config::Keys,
     hub,
-    llama::Llama,
 };
 
 /// How a model is to be loaded.
@@ -91,20 +90,47 @@ pub fn open(name: &str, options: OpenOptions) -> Result<Box<dyn Decoder>> {
 
 /// Loads a decoder from where it lies.
 pub fn open_source(source: &Source, options: OpenOptions) -> Result<Box<dyn Decoder>> {
-    let OpenOptions { kind, device } = options;
+    let keys = keys(source)?;
+    // Before the weights: a model of a kind that is not known says so, whatever its files.
+    assemble::offers(&keys, Task::CausalLm)?;
+    let mut weights = weights(source, options)?;
+    let mut model = assemble::decoder(&keys, &mut weights)?;
+    model.origin.aside = weights.finish(assemble::aside(Task::CausalLm))?;
+    Ok(Box::new(model))
+}
+
+/// Loads a model for a task from where it lies. What the checkpoint lacks of a head is made at random
+/// ([`Network::fresh`] says what), and what belongs to another head is left aside.
+pub fn open_task(
+    source: &Source,
+    task: Task,
+    options: OpenOptions,
+    head: &HeadOptions,
+) -> Result<Box<dyn Network>> {
+    let keys = keys(source)?;
+    assemble::offers(&keys, task)?;
+    let mut weights = weights(source, options)?;
+    let mut built = assemble::network(&keys, &mut weights, task, head)?;
+    *built.aside() = weights.finish(assemble::aside(task))?;
+    Ok(built.network())
+}
+
+fn keys(source: &Source) -> Result<Keys> {
     match source {
         Source::Folder(dir) => {
             let path = dir.join("config.json");
-            let keys = Keys::new(files::read_json(&path)?, &path)?;
-            // Before the weights: a model of a kind that is not known says so, whatever its files.
-            known(&keys)?;
-            build(keys, Checkpoint::open(dir, kind, device)?)
+            Keys::new(files::read_json(&path)?, &path)
         }
+        Source::Gguf(path) => Keys::new(view(path)?.config().clone(), path),
+    }
+}
+
+fn weights(source: &Source, OpenOptions { kind, device }: OpenOptions) -> Result<Checkpoint> {
+    match source {
+        Source::Folder(dir) => Checkpoint::open(dir, kind, device),
         Source::Gguf(path) => {
-            let view = view(path)?;
-            let keys = Keys::new(view.config().clone(), path)?;
             let kind = kind.or(Some(Kind::Float));
-            build(keys, Checkpoint::gguf(view, path, kind, device))
+            Ok(Checkpoint::gguf(view(path)?, path, kind, device))
         }
     }
 }
@@ -112,24 +138,4 @@ pub fn open_source(source: &Source, options: OpenOptions) -> Result<Box<dyn Deco
 fn view(path: &Path) -> Result<HfView> {
     let fault = |error| Error::file(path, error);
     HfView::new(Gguf::open(path).map_err(fault)?).map_err(fault)
-}
-
-/// The values of `model_type` that can be loaded.
-pub const MODEL_TYPES: &[&str] = &["gpt2", "llama", "mistral", "qwen2", "qwen3"];
-
-fn known(keys: &Keys) -> Result<&str> {
-    let found = keys.text("model_type")?.unwrap_or_default();
-    if MODEL_TYPES.contains(&found) {
-        return Ok(found);
-    }
-    Err(keys.fault("model_type", &format!("known are {MODEL_TYPES:?}")))
-}
-
-fn build(keys: Keys, mut weights: Checkpoint) -> Result<Box<dyn Decoder>> {
-    let model: Box<dyn Decoder> = match known(&keys)? {
-        "gpt2" => Box::new(Gpt2::build(Gpt2Config::read(&keys)?, &mut weights)?),
-        _ => Box::new(Llama::build(LlamaConfig::read(&keys)?, &mut weights)?),
-    };
-    weights.finish()?;
-    Ok(model)
 }

@@ -17,8 +17,9 @@ use serde_json::{Map, Value, json};
 use tch::Tensor;
 
 use crate::{
-    Decoder,
+    Network,
     checkpoint::{INDEX, SINGLE},
+    head::bias_key,
 };
 
 /// The largest file, in bytes, that `transformers` writes by default.
@@ -27,13 +28,13 @@ const SHARD: u64 = 5_000_000_000;
 /// Writes the base (with whatever was merged into it) to `dir`, which must not exist or be empty.
 ///
 /// `besides` are files to be copied along: the tokenizer, the generation settings.
-pub fn save(model: &mut dyn Decoder, dir: &Path, besides: &[PathBuf]) -> Result<()> {
+pub fn save(model: &mut dyn Network, dir: &Path, besides: &[PathBuf]) -> Result<()> {
     save_sharded(model, dir, besides, SHARD)
 }
 
 /// [`save`] with another limit for one file.
 pub fn save_sharded(
-    model: &mut dyn Decoder,
+    model: &mut dyn Network,
     dir: &Path,
     besides: &[PathBuf],
     limit: u64,
@@ -64,7 +65,7 @@ pub fn save_sharded(
     written
 }
 
-fn fill(model: &mut dyn Decoder, dir: &Path, besides: &[PathBuf], limit: u64) -> Result<()> {
+fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) -> Result<()> {
     let (tensors, tied) = state(model);
     for path in besides {
         let to = dir.join(path.file_name().unwrap_or_default());
@@ -86,7 +87,7 @@ fn fill(model: &mut dyn Decoder, dir: &Path, besides: &[PathBuf], limit: u64) ->
 }
 
 /// The base under its names on disk and in their layout, and whether the head is the input embedding.
-fn state(model: &mut dyn Decoder) -> (Vec<(String, Tensor)>, bool) {
+fn state(model: &mut dyn Network) -> (Vec<(String, Tensor)>, bool) {
     let spec = model.spec();
     let mut all = Vec::new();
     let (mut table, mut tied) = (None, false);
@@ -100,21 +101,23 @@ fn state(model: &mut dyn Decoder) -> (Vec<(String, Tensor)>, bool) {
         Slot::Linear(it) => {
             let weight = it.base().weight();
             let head = spec.output_embedding.as_deref() == Some(at);
+            let key = if head {
+                bias_key(at)
+            } else {
+                format!("{at}.bias")
+            };
+            let bias = it.base().bias().map(|b| (key, b.shallow_clone()));
+            all.extend(bias);
             if head && spec.tied && table == Some(weight.data_ptr()) {
                 tied = true;
                 return;
             }
-            let kept = if spec.transposed && !head {
+            let kept = if it.base().transposed() {
                 weight.tr()
             } else {
                 weight
             };
             all.push((format!("{at}.weight"), kept));
-            all.extend(
-                it.base()
-                    .bias()
-                    .map(|b| (format!("{at}.bias"), b.shallow_clone())),
-            );
         }
         Slot::Norm(it) => {
             let affine = it.base();
@@ -207,7 +210,7 @@ fn write_file(path: &Path, tensors: &[&(String, Tensor)]) -> Result<()> {
 }
 
 /// How many numbers the base has, tied tables counted once.
-pub fn parameters(model: &mut dyn Decoder) -> i64 {
+pub fn parameters(model: &mut dyn Network) -> i64 {
     let mut seen: HashMap<usize, i64> = HashMap::new();
     for (_, tensor) in state(model).0 {
         seen.insert(tensor.data_ptr() as usize, tensor.numel() as i64);

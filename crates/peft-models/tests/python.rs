@@ -37,9 +37,9 @@ fn input(state: &State, case: &str) -> Option<Input> {
             .map(Tensor::shallow_clone)
     };
     Some(Input {
-        ids: get("input_ids")?,
         attention_mask: get("attention_mask"),
         position_ids: get("position_ids"),
+        ..Input::new(get("input_ids")?)
     })
 }
 
@@ -103,12 +103,12 @@ fn the_cache_changes_nothing() {
             for (begin, len) in [(0, 3), (3, 1), (4, 1), (5, seq - 5)] {
                 let narrow = |t: &Tensor| t.narrow(1, begin, len);
                 let part = Input {
-                    ids: narrow(&input.ids),
                     attention_mask: input
                         .attention_mask
                         .as_ref()
                         .map(|it| it.narrow(1, 0, begin + len)),
                     position_ids: input.position_ids.as_ref().map(narrow),
+                    ..Input::new(narrow(&input.ids))
                 };
                 parts.push(tch::no_grad(|| {
                     let hidden = model.hidden(&part, Some(&mut cache), Ctx::EVAL);

@@ -377,7 +377,7 @@ int peft_cross_entropy(at::Tensor* z, at::Tensor* target, at::Tensor** loss, cha
   });
 }
 
-// z: [batch, heads, queries, keys] float, in place; mask: [batch or 1, 1, queries, keys] float or null, added
+// z: [batch, heads, queries, keys] float, in place; mask: [batch or 1, heads or 1, queries, keys] float or null, added
 int peft_softmax(at::Tensor* z, at::Tensor* mask, double scale, int causal, char** err) {
   return guarded(err, [&] {
     check(*z);
@@ -385,14 +385,16 @@ int peft_softmax(at::Tensor* z, at::Tensor* mask, double scale, int causal, char
     int64_t n = z->size(3), queries = z->size(2);
     if (mask) {
       check(*mask);
-      TORCH_CHECK(is_f32(*mask) && mask->dim() == 4 && mask->size(1) == 1 && mask->size(2) == queries && mask->size(3) == n &&
-                      (mask->size(0) == 1 || mask->size(0) == z->size(0)),
+      TORCH_CHECK(is_f32(*mask) && mask->dim() == 4 && mask->size(2) == queries && mask->size(3) == n &&
+                      (mask->size(0) == 1 || mask->size(0) == z->size(0)) &&
+                      (mask->size(1) == 1 || mask->size(1) == z->size(1)),
                   "softmax: mask ", mask->sizes(), " does not fit ", z->sizes());
     }
-    bool each = mask && mask->size(0) > 1;
+    bool each = mask && mask->size(0) > 1, split = mask && mask->size(1) > 1;
     at::parallel_for(0, z->size(0) * z->size(1), grain(queries * n), [&](int64_t b, int64_t e) {
       for (int64_t h = b; h < e; h++) {
-        const float* m = mask ? f(*mask) + (each ? h / z->size(1) * queries * n : 0) : nullptr;
+        int64_t row = each ? h / z->size(1) : 0, head = split ? h % z->size(1) : 0;
+        const float* m = mask ? f(*mask) + (row * mask->size(1) + head) * queries * n : nullptr;
         softmax_rows(f(*z) + h * queries * n, m, queries, n, queries, scale, causal, 0, queries);
       }
     });

@@ -18,8 +18,8 @@ const MANY: i64 = 64;
 
 /// q: `[batch, new, heads, d]`, k, v: `[batch, keys, kv_heads, d]` -> `[batch, new, heads, d]`.
 ///
-/// `mask`: `[batch or 1, 1, new, keys]`, added to the scores; `causal`: query i sees keys up to i, for
-/// `new == keys`. Each head of k and v serves `heads / kv_heads` heads of q.
+/// `mask`: `[batch or 1, heads or 1, new, keys]`, added to the scores; `causal`: query i sees keys up to i, for
+/// `new == keys`. Each head of k and v serves `heads / kv_heads` heads of q. Differentiable in q, k, v and the mask.
 ///
 /// # Panics
 /// If the shapes do not fit together.
@@ -30,6 +30,9 @@ pub fn attention(
     mask: Option<&Tensor>,
     dropout: f64,
 ) -> Tensor {
+    if let Some(mask) = mask.filter(|it| it.requires_grad()) {
+        return learnt([q, k, v], scale, causal, mask, dropout);
+    }
     let (heads, keys) = (q.size()[2], k.size()[1]);
     let scores = q.size()[0] * heads * q.size()[1] * keys * 4;
     let held = q.device() == Device::Cpu && dropout == 0.0 && q.size()[1] >= MANY && scores <= HELD;
@@ -119,16 +122,10 @@ fn product(a: &Tensor, b: &Tensor) -> Tensor {
     ffi::bmm(a, b, fast_fp32()).expect("batches that fit")
 }
 
-/// libtorch's own, in blocks.
-fn blockwise(
-    qkv: [&Tensor; 3],
-    scale: f64,
-    causal: bool,
-    mask: Option<&Tensor>,
-    dropout: f64,
-) -> Tensor {
+/// `[batch, n, heads, d] -> [batch, heads, n, d]`, the heads of keys and values repeated to those of the queries.
+fn spread(qkv: [&Tensor; 3]) -> [Tensor; 3] {
     let groups = qkv[0].size()[2] / qkv[1].size()[2];
-    let [q, k, v] = qkv.map(|t| t.transpose(1, 2)); // [batch, heads, n, d]
+    let [q, k, v] = qkv.map(|t| t.transpose(1, 2));
     let [k, v] = [k, v].map(|t| match groups {
         1 => t,
         _ => {
@@ -138,6 +135,31 @@ fn blockwise(
             spread.reshape([b, h * groups, n, d])
         }
     });
+    [q, k, v]
+}
+
+/// In plain operations, for a mask that is itself trained: the kernels give it no gradient.
+fn learnt(qkv: [&Tensor; 3], scale: f64, causal: bool, mask: &Tensor, dropout: f64) -> Tensor {
+    let [q, k, v] = spread(qkv);
+    let mut scores = q.matmul(&k.transpose(2, 3)) * scale + mask.to_kind(q.kind()); // [batch, heads, new, keys]
+    if causal {
+        let (new, keys) = (scores.size()[2], scores.size()[3]);
+        let hidden = Tensor::ones([new, keys], (Kind::Bool, q.device())).triu(1);
+        scores = scores.masked_fill(&hidden, f64::NEG_INFINITY);
+    }
+    let p = scores.softmax(-1, Kind::Float).to_kind(q.kind());
+    p.dropout(dropout, dropout > 0.0).matmul(&v).transpose(1, 2)
+}
+
+/// libtorch's own, in blocks.
+fn blockwise(
+    qkv: [&Tensor; 3],
+    scale: f64,
+    causal: bool,
+    mask: Option<&Tensor>,
+    dropout: f64,
+) -> Tensor {
+    let [q, k, v] = spread(qkv);
     let mask = mask.map(|it| it.to_kind(q.kind()));
     let y = Tensor::scaled_dot_product_attention(&q, &k, &v, mask, dropout, causal, scale, false);
     y.transpose(1, 2)

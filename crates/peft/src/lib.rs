@@ -84,7 +84,8 @@ pub use peft_core::{Adapter, Ctx, Error, Model, ModelExt, Registry, Result, Targ
 pub use peft_data::{Message, Tokenizer};
 pub use peft_lora::LoraConfig;
 pub use peft_models::{
-    Cache, Decoder, Input, OpenOptions, Sampling, causal_loss, generate, open, save,
+    Cache, Decoder, HeadOptions, Input, Labels, Network, OpenOptions, Sampling, Task, causal_loss,
+    generate, open, open_task, save,
 };
 pub use peft_torch::AdamW;
 pub use peft_train::Settings;

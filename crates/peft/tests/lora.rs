@@ -152,9 +152,9 @@ fn input(case: &Case, batch: &str) -> Input {
             .map(Tensor::shallow_clone)
     };
     Input {
-        ids: case.tensor(&format!("{batch}.input_ids")).shallow_clone(),
         attention_mask: optional("attention_mask"),
         position_ids: optional("position_ids"),
+        ..Input::new(case.tensor(&format!("{batch}.input_ids")).shallow_clone())
     }
 }
 

@@ -70,9 +70,8 @@ fn losses(dir: &Path, model: &str, io: &tensors::State) -> Vec<f64> {
     };
     let mut optimizer = Optimizer::new(&model.params("default"), &settings).unwrap();
     let input = Input {
-        ids: io["right.input_ids"].shallow_clone(),
         attention_mask: io.get("right.attention_mask").map(Tensor::shallow_clone),
-        position_ids: None,
+        ..Input::new(io["right.input_ids"].shallow_clone())
     };
     (0..6)
         .map(|step| {

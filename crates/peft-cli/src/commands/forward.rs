@@ -192,9 +192,9 @@ impl Batch {
 
     fn input(&self) -> Input {
         Input {
-            ids: self.ids.shallow_clone(),
             attention_mask: self.mask.as_ref().map(Tensor::shallow_clone),
             position_ids: self.positions.as_ref().map(Tensor::shallow_clone),
+            ..Input::new(self.ids.shallow_clone())
         }
     }
 

@@ -1,0 +1,218 @@
+//! BERT (1810.04805) and RoBERTa (1907.11692): every position sees every other.
+//!
+//! ```text
+//! x = n(E[ids] + T[types] + P[positions])
+//! each layer:  x = n(x + O · attention(Q x, K x, V x))
+//!              x = n(x + D · act(U x))
+//! hidden = x                                          n = LayerNorm
+//! ```
+//!
+//! RoBERTa is the same but for where its positions begin: behind the number of its padding token, counted over
+//! what is not padding.
+
+use peft_core::{Ctx, Embedding, Linear, Norm, Result, Slot, Spec, Weights};
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use crate::{
+    Cache, Input,
+    attention::{Heads, Mask, attend, positions},
+    body::{Body, Visitor, dropout, layer_norm, root, table},
+    config::BertConfig,
+    input::Sizes,
+};
+
+/// A BERT or RoBERTa without a head.
+#[derive(Debug)]
+pub(crate) struct Bert {
+    config: BertConfig,
+    tokens: Embedding,
+    places: Embedding,
+    types: Embedding,
+    norm: Norm,
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    out: Linear,
+    attention_norm: Norm,
+    up: Linear,
+    down: Linear,
+    norm: Norm,
+}
+
+/// With what the names of the body begin in this checkpoint.
+pub(crate) fn disk_root(weights: &dyn Weights) -> &'static str {
+    let probe = "embeddings.word_embeddings.weight";
+    root(weights, &["bert.", "roberta."], probe)
+}
+
+impl Bert {
+    /// Builds the body out of `weights`.
+    pub(crate) fn build(config: BertConfig, weights: &mut dyn Weights) -> Result<Bert> {
+        let (c, root) = (&config, disk_root(weights));
+        let at = |name: &str| format!("{root}embeddings.{name}");
+        let tokens = table(weights, &at("word_embeddings"), c.vocab, c.hidden)?;
+        let places = table(weights, &at("position_embeddings"), c.positions, c.hidden)?;
+        let types = table(
+            weights,
+            &at("token_type_embeddings"),
+            c.token_types,
+            c.hidden,
+        )?;
+        let norm = layer_norm(weights, &at("LayerNorm"), c.hidden, c.eps)?;
+        let layers =
+            (0..c.layers).map(|i| Layer::build(c, &format!("{root}encoder.layer.{i}"), weights));
+        Ok(Bert {
+            tokens,
+            places,
+            types,
+            norm,
+            layers: layers.collect::<Result<_>>()?,
+            config,
+        })
+    }
+
+    /// `[batch or 1, seq]`
+    fn positions(&self, input: &Input) -> Tensor {
+        match (self.config.padding, &input.position_ids) {
+            (Some(padding), None) => {
+                let real = input.ids.ne(padding).to_kind(Kind::Int64);
+                real.cumsum(1, Kind::Int64) * real + padding
+            }
+            _ => positions(input, 0),
+        }
+    }
+
+    /// `[batch, seq] -> [batch, seq, hidden]`
+    fn embed(&self, input: &Input, ctx: Ctx) -> Tensor {
+        let types = match &input.token_type_ids {
+            Some(types) => types.shallow_clone(),
+            None => Tensor::zeros([1, 1], (Kind::Int64, input.ids.device())),
+        };
+        let x = self.tokens.forward(&input.ids, ctx)
+            + self.types.forward(&types, ctx)
+            + self.places.forward(&self.positions(input), ctx);
+        dropout(self.norm.forward(&x, ctx), self.config.hidden_dropout, ctx)
+    }
+}
+
+impl Layer {
+    fn build(c: &BertConfig, at: &str, w: &mut dyn Weights) -> Result<Layer> {
+        let h = c.hidden;
+        let own = |name: &str| format!("{at}.attention.self.{name}");
+        Ok(Layer {
+            query: w.linear(&own("query"), (h, h), true)?,
+            key: w.linear(&own("key"), (h, h), true)?,
+            value: w.linear(&own("value"), (h, h), true)?,
+            out: w.linear(&format!("{at}.attention.output.dense"), (h, h), true)?,
+            attention_norm: layer_norm(w, &format!("{at}.attention.output.LayerNorm"), h, c.eps)?,
+            up: w.linear(
+                &format!("{at}.intermediate.dense"),
+                (c.intermediate, h),
+                true,
+            )?,
+            down: w.linear(&format!("{at}.output.dense"), (h, c.intermediate), true)?,
+            norm: layer_norm(w, &format!("{at}.output.LayerNorm"), h, c.eps)?,
+        })
+    }
+}
+
+impl Body for Bert {
+    /// There is nothing to be cached where every position sees every other.
+    fn hidden(&self, input: &Input, _: Option<&mut Cache>, ctx: Ctx) -> Tensor {
+        let c = &self.config;
+        let mut x = self.embed(input, ctx); // [batch, seq, hidden]
+        let size = x.size();
+        let mask = Mask::padding(input.attention_mask.as_ref(), size[1], x.kind());
+        let width = c.hidden / c.heads;
+        let heads = Heads {
+            scale: (width as f64).powf(-0.5),
+            dropout: c.attention_dropout,
+        };
+        for layer in &self.layers {
+            let parts = [&layer.query, &layer.key, &layer.value]
+                .map(|it| it.forward(&x, ctx).view([size[0], size[1], c.heads, width]));
+            let y = attend(heads, parts, &mask, None, ctx);
+            let y = dropout(layer.out.forward(&y, ctx), c.hidden_dropout, ctx);
+            x = layer.attention_norm.forward(&(y + x), ctx);
+            let inner = c.activation.forward(&layer.up.forward(&x, ctx)); // [batch, seq, intermediate]
+            let y = dropout(layer.down.forward(&inner, ctx), c.hidden_dropout, ctx);
+            x = layer.norm.forward(&(y + x), ctx);
+        }
+        x
+    }
+
+    fn table(&self) -> &Embedding {
+        &self.tokens
+    }
+
+    fn sizes(&self) -> Sizes {
+        let c = &self.config;
+        Sizes {
+            vocab: c.vocab,
+            positions: Some(c.positions),
+            longest: c.positions - c.padding.map_or(0, |it| it + 1),
+            token_types: Some(c.token_types),
+        }
+    }
+
+    fn config(&self) -> &Value {
+        &self.config.json
+    }
+
+    fn spec(&self, root: &str) -> Spec {
+        let c = &self.config;
+        Spec {
+            model_type: c.model_type.clone(),
+            hidden: c.hidden,
+            layers: c.layers,
+            heads: c.heads,
+            kv_heads: c.heads,
+            head_dim: c.hidden / c.heads,
+            input_embedding: format!("{root}embeddings.word_embeddings"),
+            ..Spec::default()
+        }
+    }
+
+    fn slots(&mut self, root: &str, visit: Visitor<'_>) {
+        let at = |name: &str| format!("{root}embeddings.{name}");
+        visit(&at("word_embeddings"), Slot::Embedding(&mut self.tokens));
+        // RoBERTa makes its table of positions last.
+        let roberta = self.config.padding.is_some();
+        let places = at("position_embeddings");
+        if !roberta {
+            visit(&places, Slot::Embedding(&mut self.places));
+        }
+        visit(
+            &at("token_type_embeddings"),
+            Slot::Embedding(&mut self.types),
+        );
+        visit(&at("LayerNorm"), Slot::Norm(&mut self.norm));
+        if roberta {
+            visit(&places, Slot::Embedding(&mut self.places));
+        }
+        for (i, layer) in self.layers.iter_mut().enumerate() {
+            let at = |name: &str| format!("{root}encoder.layer.{i}.{name}");
+            for (name, linear) in [
+                ("attention.self.query", &mut layer.query),
+                ("attention.self.key", &mut layer.key),
+                ("attention.self.value", &mut layer.value),
+                ("attention.output.dense", &mut layer.out),
+            ] {
+                visit(&at(name), Slot::Linear(linear));
+            }
+            visit(
+                &at("attention.output.LayerNorm"),
+                Slot::Norm(&mut layer.attention_norm),
+            );
+            visit(&at("intermediate.dense"), Slot::Linear(&mut layer.up));
+            visit(&at("output.dense"), Slot::Linear(&mut layer.down));
+            visit(&at("output.LayerNorm"), Slot::Norm(&mut layer.norm));
+        }
+    }
+}

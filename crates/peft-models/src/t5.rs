@@ -1,0 +1,546 @@
+//! T5 (1910.10683): an encoder and a decoder that know how far two tokens are apart, and not where they are.
+//!
+//! ```text
+//! encoder:  x = E[ids];    each layer:  x += O · attention(n(x));  x += D · act(W · n(x))
+//! decoder:  y = E[target]; each layer:  y += O · attention(n(y));  y += O' · attention(n(y), x);  y += D · act(W · n(y))
+//! logits = H · n(y) · hidden^(−1/2)                   n = RMSNorm
+//! ```
+//!
+//! Scores are not scaled. A bias is added to them that depends on the head and on the distance: distances fall
+//! into buckets, near ones each in its own, far ones in wider and wider ones. One table serves all layers of a stack.
+//! Version 1.1 gates its MLP, has a head of its own and does not scale the vectors in front of it.
+
+use peft_core::{
+    Ctx, Dense, Embedding, Error, Linear, Model, Norm, Result, Slot, Spec, State, Weights,
+};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    Cache, Decoder, IGNORE, Input, Labels, Network, Task,
+    attention::{Heads, Mask, attend},
+    body::{Visitor, dropout, rms_norm, table},
+    config::T5Config,
+    headed::Origin,
+    input::{Sizes, fault},
+    loss::{class_loss, each_token, head_loss, in_range, labelled_here, shaped},
+    seq2seq::{Encoded, Seq2Seq},
+    task::Classes,
+};
+
+/// A T5 that writes a text for a text.
+#[derive(Debug)]
+pub(crate) struct T5 {
+    config: T5Config,
+    shared: Embedding,
+    encoder: Stack,
+    decoder: Stack,
+    head: Linear,
+    tied: bool,
+    pub(crate) origin: Origin,
+}
+
+#[derive(Debug)]
+struct Stack {
+    blocks: Vec<Block>,
+    /// `[buckets, heads]`, kept in the first block.
+    bias: Embedding,
+    norm: Norm,
+}
+
+#[derive(Debug)]
+struct Block {
+    norm: Norm,
+    attention: Attention,
+    /// Attention to the encoder, in a decoder.
+    cross: Option<(Norm, Attention)>,
+    mlp_norm: Norm,
+    mlp: Mlp,
+}
+
+#[derive(Debug)]
+struct Attention {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    o: Linear,
+}
+
+#[derive(Debug)]
+enum Mlp {
+    Plain {
+        wi: Linear,
+        wo: Linear,
+    },
+    Gated {
+        wi_0: Linear,
+        wi_1: Linear,
+        wo: Linear,
+    },
+}
+
+impl T5 {
+    /// Builds the model out of `weights`.
+    pub(crate) fn build(config: T5Config, weights: &mut dyn Weights) -> Result<T5> {
+        let c = &config;
+        let shared = shared(c, weights)?;
+        if shared.kind() == Kind::Half {
+            return Err(Error::Config {
+                peft_type: "model".into(),
+                reason: "T5 overflows in fp16; load it in bf16 or fp32".into(),
+            });
+        }
+        let encoder = Stack::build(c, "encoder", c.layers, weights)?;
+        let decoder = Stack::build(c, "decoder", c.decoder_layers, weights)?;
+        // Whatever `tie_word_embeddings` says: a head of its own is one that is there and is another.
+        let key = "lm_head.weight";
+        let own = match weights.has(key) {
+            true => Some(weights.tensor(key, &shared.size())?).filter(|it| !it.equal(&shared)),
+            false => None,
+        };
+        let tied = own.is_none();
+        let head = own.unwrap_or_else(|| shared.shallow_clone());
+        let mut json = c.json.clone();
+        json["scale_decoder_outputs"] = c.scaled.into();
+        Ok(T5 {
+            shared: Embedding::new(shared),
+            encoder,
+            decoder,
+            head: Linear::new(Dense::new(head, None)),
+            tied,
+            origin: Origin {
+                config: json,
+                fresh: Vec::new(),
+                aside: Vec::new(),
+            },
+            config,
+        })
+    }
+
+    fn embed(&self, ids: &Tensor, ctx: Ctx) -> Tensor {
+        dropout(self.shared.forward(ids, ctx), self.config.dropout, ctx)
+    }
+
+    /// The decoder's input: labels `[batch, target]` shifted to the right.
+    fn shifted(&self, labels: &Tensor) -> Tensor {
+        let size = labels.size();
+        let start = Tensor::full(
+            [size[0], 1],
+            self.config.start,
+            (Kind::Int64, labels.device()),
+        );
+        let ids = Tensor::cat(&[&start, &labels.narrow(1, 0, size[1] - 1)], 1);
+        ids.masked_fill(&ids.eq(IGNORE), self.config.pad)
+    }
+
+    /// The vectors in front of the head, `[batch, target, hidden]`.
+    fn target(&self, input: &Input, ids: &Tensor, ctx: Ctx) -> Tensor {
+        let source = self.encode(input, ctx);
+        self.decode(ids, input.decoder_mask.as_ref(), &source, None, ctx)
+    }
+
+    fn sizes(&self) -> Sizes {
+        Sizes {
+            vocab: self.config.vocab,
+            positions: None,
+            longest: i64::MAX,
+            token_types: None,
+        }
+    }
+}
+
+/// The table of both stacks, which may be there under three names.
+fn shared(c: &T5Config, weights: &mut dyn Weights) -> Result<Tensor> {
+    let names = ["shared", "encoder.embed_tokens", "decoder.embed_tokens"];
+    let keys = names.map(|it| format!("{it}.weight"));
+    let there: Vec<&String> = keys.iter().filter(|it| weights.has(it)).collect();
+    let first = there.first().copied().unwrap_or(&keys[0]);
+    let table = weights.tensor(first, &[c.vocab, c.hidden])?;
+    for key in there.iter().skip(1) {
+        if !weights.tensor(key, &[c.vocab, c.hidden])?.equal(&table) {
+            return Err(Error::Config {
+                peft_type: "model".into(),
+                reason: format!("`{key}` differs from `{first}`, but both stacks share one table"),
+            });
+        }
+    }
+    Ok(table)
+}
+
+impl Stack {
+    fn build(c: &T5Config, at: &str, layers: usize, w: &mut dyn Weights) -> Result<Stack> {
+        let bias = format!("{at}.block.0.layer.0.SelfAttention.relative_attention_bias");
+        let blocks = (0..layers)
+            .map(|i| Block::build(c, &format!("{at}.block.{i}"), at == "decoder", w))
+            .collect::<Result<_>>()?;
+        Ok(Stack {
+            blocks,
+            bias: table(w, &bias, c.buckets, c.heads)?,
+            norm: rms_norm(w, &format!("{at}.final_layer_norm"), c.hidden, c.eps)?,
+        })
+    }
+
+    /// What the distances add to the scores of `new` positions behind `past` others: `[1, heads, new, past + new]`, or
+    /// with a first dimension of the batch.
+    fn distances(
+        &self,
+        c: &T5Config,
+        (new, past): (i64, i64),
+        both_ways: bool,
+        ctx: Ctx,
+    ) -> Tensor {
+        let line =
+            |from: i64| Tensor::arange_start(from, past + new, (Kind::Int64, self.bias.device()));
+        let apart = line(0).unsqueeze(0) - line(past).unsqueeze(1); // [new, past + new]
+        let buckets = buckets(&apart, both_ways, c.buckets, c.max_distance);
+        // One row for the whole batch, which a mixed batch makes one for each.
+        let bias = self.bias.forward(&buckets.unsqueeze(0), ctx); // [1, new, past + new, heads]
+        bias.permute([0, 3, 1, 2])
+    }
+
+    fn slots(&mut self, at: &str, visit: Visitor<'_>) {
+        let mut bias = Some(&mut self.bias);
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            let at = format!("{at}.block.{i}.layer");
+            block
+                .attention
+                .slots(&format!("{at}.0.SelfAttention"), visit);
+            if let Some(bias) = bias.take() {
+                visit(
+                    &format!("{at}.0.SelfAttention.relative_attention_bias"),
+                    Slot::Embedding(bias),
+                );
+            }
+            visit(&format!("{at}.0.layer_norm"), Slot::Norm(&mut block.norm));
+            let mut last = 1;
+            if let Some((norm, cross)) = &mut block.cross {
+                cross.slots(&format!("{at}.1.EncDecAttention"), visit);
+                visit(&format!("{at}.1.layer_norm"), Slot::Norm(norm));
+                last = 2;
+            }
+            block
+                .mlp
+                .slots(&format!("{at}.{last}.DenseReluDense"), visit);
+            visit(
+                &format!("{at}.{last}.layer_norm"),
+                Slot::Norm(&mut block.mlp_norm),
+            );
+        }
+        visit(
+            &format!("{at}.final_layer_norm"),
+            Slot::Norm(&mut self.norm),
+        );
+    }
+}
+
+/// The bucket of each distance (key − query): half for exact distances, half for wider and wider ranges.
+///
+/// Computed with libtorch's logarithm, since a distance on the border of two ranges falls where its rounding says.
+fn buckets(apart: &Tensor, both_ways: bool, buckets: i64, max_distance: i64) -> Tensor {
+    let (count, side, distance) = match both_ways {
+        true => {
+            let half = buckets / 2;
+            (half, apart.gt(0).to_kind(Kind::Int64) * half, apart.abs())
+        }
+        false => (buckets, apart.zeros_like(), -apart.clamp_max(0)),
+    };
+    let exact = count / 2;
+    let range = (max_distance as f64 / exact as f64).ln();
+    let far = (distance.to_kind(Kind::Float) / exact as f64).log() / range * (count - exact) as f64;
+    let far = (far.to_kind(Kind::Int64) + exact).clamp_max(count - 1);
+    side + distance.where_self(&distance.lt(exact), &far)
+}
+
+impl Block {
+    fn build(c: &T5Config, at: &str, decoder: bool, w: &mut dyn Weights) -> Result<Block> {
+        let (h, eps) = (c.hidden, c.eps);
+        let layer = |i: i64, name: &str| format!("{at}.layer.{i}.{name}");
+        let norm = rms_norm(w, &layer(0, "layer_norm"), h, eps)?;
+        let attention = Attention::build(c, &layer(0, "SelfAttention"), w)?;
+        let cross = match decoder {
+            true => Some((
+                rms_norm(w, &layer(1, "layer_norm"), h, eps)?,
+                Attention::build(c, &layer(1, "EncDecAttention"), w)?,
+            )),
+            false => None,
+        };
+        let last = if decoder { 2 } else { 1 };
+        Ok(Block {
+            norm,
+            attention,
+            cross,
+            mlp_norm: rms_norm(w, &layer(last, "layer_norm"), h, eps)?,
+            mlp: Mlp::build(c, &layer(last, "DenseReluDense"), w)?,
+        })
+    }
+}
+
+impl Attention {
+    fn build(c: &T5Config, at: &str, w: &mut dyn Weights) -> Result<Attention> {
+        let (h, inner) = (c.hidden, c.heads * c.head_dim);
+        Ok(Attention {
+            q: w.linear(&format!("{at}.q"), (inner, h), false)?,
+            k: w.linear(&format!("{at}.k"), (inner, h), false)?,
+            v: w.linear(&format!("{at}.v"), (inner, h), false)?,
+            o: w.linear(&format!("{at}.o"), (h, inner), false)?,
+        })
+    }
+
+    fn split(c: &T5Config, layer: &Linear, x: &Tensor, ctx: Ctx) -> Tensor {
+        let y = layer.forward(x, ctx);
+        let size = y.size();
+        y.view([size[0], size[1], c.heads, c.head_dim])
+    }
+
+    fn keys(&self, c: &T5Config, x: &Tensor, ctx: Ctx) -> (Tensor, Tensor) {
+        let split = |layer| Attention::split(c, layer, x, ctx);
+        (split(&self.k), split(&self.v))
+    }
+
+    /// x: `[batch, new, hidden] -> [batch, new, hidden]`, looking at keys and values `[batch, n, heads, head_dim]`.
+    fn forward(
+        &self,
+        c: &T5Config,
+        x: &Tensor,
+        (key, value): (Tensor, Tensor),
+        mask: &Mask,
+        cache: Option<(&mut Cache, usize)>,
+        ctx: Ctx,
+    ) -> Tensor {
+        let heads = Heads {
+            scale: 1.0,
+            dropout: c.dropout,
+        };
+        let query = Attention::split(c, &self.q, x, ctx);
+        let y = attend(heads, [query, key, value], mask, cache, ctx);
+        self.o.forward(&y, ctx)
+    }
+
+    fn slots(&mut self, at: &str, visit: Visitor<'_>) {
+        for (name, linear) in [
+            ("q", &mut self.q),
+            ("k", &mut self.k),
+            ("v", &mut self.v),
+            ("o", &mut self.o),
+        ] {
+            visit(&format!("{at}.{name}"), Slot::Linear(linear));
+        }
+    }
+}
+
+impl Mlp {
+    fn build(c: &T5Config, at: &str, w: &mut dyn Weights) -> Result<Mlp> {
+        let (up, down) = ((c.inner, c.hidden), (c.hidden, c.inner));
+        Ok(match c.gated {
+            false => Mlp::Plain {
+                wi: w.linear(&format!("{at}.wi"), up, false)?,
+                wo: w.linear(&format!("{at}.wo"), down, false)?,
+            },
+            true => Mlp::Gated {
+                wi_0: w.linear(&format!("{at}.wi_0"), up, false)?,
+                wi_1: w.linear(&format!("{at}.wi_1"), up, false)?,
+                wo: w.linear(&format!("{at}.wo"), down, false)?,
+            },
+        })
+    }
+
+    fn forward(&self, c: &T5Config, x: &Tensor, ctx: Ctx) -> Tensor {
+        let (inner, wo) = match self {
+            Mlp::Plain { wi, wo } => (c.activation.forward(&wi.forward(x, ctx)), wo),
+            Mlp::Gated { wi_0, wi_1, wo } => {
+                let (gate, up) = (wi_0.forward(x, ctx), wi_1.forward(x, ctx));
+                (c.activation.gated(&gate, &up), wo)
+            }
+        };
+        wo.forward(&dropout(inner, c.dropout, ctx), ctx)
+    }
+
+    fn slots(&mut self, at: &str, visit: Visitor<'_>) {
+        let mut linear = |name: &str, it| visit(&format!("{at}.{name}"), Slot::Linear(it));
+        match self {
+            Mlp::Plain { wi, wo } => {
+                linear("wi", wi);
+                linear("wo", wo);
+            }
+            Mlp::Gated { wi_0, wi_1, wo } => {
+                linear("wi_0", wi_0);
+                linear("wi_1", wi_1);
+                linear("wo", wo);
+            }
+        }
+    }
+}
+
+impl Seq2Seq for T5 {
+    fn encode(&self, input: &Input, ctx: Ctx) -> Encoded {
+        let (c, stack) = (&self.config, &self.encoder);
+        let mut x = self.embed(&input.ids, ctx); // [batch, source, hidden]
+        let source = x.size()[1];
+        let bias = stack.distances(c, (source, 0), true, ctx);
+        let mask = Mask::padding(input.attention_mask.as_ref(), source, x.kind()).and(&bias);
+        for block in &stack.blocks {
+            let h = block.norm.forward(&x, ctx);
+            let keys = block.attention.keys(c, &h, ctx);
+            let y = block.attention.forward(c, &h, keys, &mask, None, ctx);
+            x = dropout(y, c.dropout, ctx) + x;
+            let y = block.mlp.forward(c, &block.mlp_norm.forward(&x, ctx), ctx);
+            x = dropout(y, c.dropout, ctx) + x;
+        }
+        Encoded {
+            states: dropout(stack.norm.forward(&x, ctx), c.dropout, ctx),
+            mask: input.attention_mask.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+
+    fn decode(
+        &self,
+        ids: &Tensor,
+        mask: Option<&Tensor>,
+        source: &Encoded,
+        mut cache: Option<&mut Cache>,
+        ctx: Ctx,
+    ) -> Tensor {
+        let (c, stack) = (&self.config, &self.decoder);
+        let past = cache.as_ref().map_or(0, |it| it.len());
+        let mut x = self.embed(ids, ctx); // [batch, target, hidden]
+        let new = x.size()[1];
+        let bias = stack.distances(c, (new, past), false, ctx);
+        let mask = Mask::biased(&bias, past, mask);
+        let cross_mask = Mask::padding(source.mask.as_ref(), new, x.kind());
+        for (i, block) in stack.blocks.iter().enumerate() {
+            let h = block.norm.forward(&x, ctx);
+            let keys = block.attention.keys(c, &h, ctx);
+            let own = cache.as_deref_mut().map(|it| (it, i));
+            let y = block.attention.forward(c, &h, keys, &mask, own, ctx);
+            x = dropout(y, c.dropout, ctx) + x;
+            if let Some((norm, cross)) = &block.cross {
+                let make = || cross.keys(c, &source.states, ctx);
+                let keys = match cache.as_deref_mut() {
+                    Some(cache) => cache.crossed(i, make),
+                    None => make(),
+                };
+                let y = cross.forward(c, &norm.forward(&x, ctx), keys, &cross_mask, None, ctx);
+                x = dropout(y, c.dropout, ctx) + x;
+            }
+            let y = block.mlp.forward(c, &block.mlp_norm.forward(&x, ctx), ctx);
+            x = dropout(y, c.dropout, ctx) + x;
+        }
+        if let Some(cache) = cache {
+            cache.advance(new);
+        }
+        let x = dropout(stack.norm.forward(&x, ctx), c.dropout, ctx);
+        if c.scaled {
+            x * (c.hidden as f64).powf(-0.5)
+        } else {
+            x
+        }
+    }
+
+    fn head(&self) -> &Linear {
+        &self.head
+    }
+
+    fn start(&self) -> i64 {
+        self.config.start
+    }
+}
+
+impl Network for T5 {
+    fn task(&self) -> Task {
+        Task::Seq2SeqLm
+    }
+
+    fn outputs(&self, input: &Input, ctx: Ctx) -> Result<State> {
+        input.check(&self.sizes())?;
+        let ids = input.decoder_ids.as_ref();
+        let ids = ids.ok_or_else(|| fault("there are no decoder_ids to score".to_owned()))?;
+        let logits = self.head.forward(&self.target(input, ids, ctx), ctx);
+        Ok(State::from([("logits".to_owned(), logits)]))
+    }
+
+    fn loss(&self, input: &Input, labels: &Labels, ctx: Ctx) -> Result<(Tensor, i64)> {
+        input.check(&self.sizes())?;
+        let labels = each_token(labels)?;
+        let target = labels.size().get(1).copied().unwrap_or(0);
+        shaped(labels, &[input.ids.size()[0], target.max(1)])?;
+        in_range(labels, self.config.vocab)?;
+        let ids = match &input.decoder_ids {
+            Some(ids) => {
+                shaped(labels, &ids.size())?;
+                ids.shallow_clone()
+            }
+            None => self.shifted(labels),
+        };
+        let hidden = self.target(input, &ids, ctx);
+        if ctx.rows.is_some() {
+            // The head must see whole rows to know whose they are.
+            let (rows, targets) = labelled_here(&self.head.forward(&hidden, ctx), labels);
+            return Ok(class_loss(&rows, &targets));
+        }
+        let (rows, targets) = labelled_here(&hidden, labels);
+        match targets.size()[0] {
+            0 => Ok((hidden.sum(Kind::Float) * 0.0, 0)),
+            count => Ok((head_loss(&self.head, &rows, &targets, ctx), count)),
+        }
+    }
+
+    fn vocab(&self) -> i64 {
+        self.config.vocab
+    }
+    fn device(&self) -> Device {
+        self.shared.device()
+    }
+    fn kind(&self) -> Kind {
+        self.shared.weight().kind()
+    }
+    fn max_positions(&self) -> i64 {
+        i64::MAX
+    }
+    fn learned_positions(&self) -> bool {
+        false
+    }
+    fn config(&self) -> &Value {
+        &self.origin.config
+    }
+    fn classes(&self) -> Option<&Classes> {
+        None
+    }
+    fn fresh(&self) -> &[String] {
+        &self.origin.fresh
+    }
+    fn aside(&self) -> &[String] {
+        &self.origin.aside
+    }
+    fn decoder(&self) -> Option<&dyn Decoder> {
+        None
+    }
+    fn seq2seq(&self) -> Option<&dyn Seq2Seq> {
+        Some(self)
+    }
+}
+
+impl Model for T5 {
+    fn spec(&self) -> Spec {
+        let c = &self.config;
+        Spec {
+            model_type: "t5".into(),
+            hidden: c.hidden,
+            layers: c.decoder_layers,
+            heads: c.heads,
+            kv_heads: c.heads,
+            head_dim: c.head_dim,
+            input_embedding: "shared".into(),
+            output_embedding: Some("lm_head".into()),
+            tied: self.tied,
+            encoder_decoder: true,
+            ..Spec::default()
+        }
+    }
+
+    fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>)) {
+        visit("shared", Slot::Embedding(&mut self.shared));
+        self.encoder.slots("encoder", visit);
+        self.decoder.slots("decoder", visit);
+        visit("lm_head", Slot::Linear(&mut self.head));
+    }
+}
