@@ -67,6 +67,11 @@ impl PromptSlot {
         all.filter(move |it| it.name == name).map(|it| &*it.adapter)
     }
 
+    /// How many virtual tokens are switched on.
+    pub fn tokens(&self) -> i64 {
+        self.adapters.active().map(|it| it.tokens()).sum()
+    }
+
     /// Whether any virtual tokens are switched on. They are none in a mixed batch.
     pub fn is_active(&self, ctx: Ctx) -> bool {
         ctx.rows.is_none() && self.adapters.active().next().is_some()

@@ -9,7 +9,7 @@ use peft_core::Ctx;
 use peft_torch::attention;
 use tch::{Device, Kind, Tensor};
 
-use crate::{Cache, Input};
+use crate::{Cache, front::Front};
 
 /// What the new positions may look at.
 #[derive(Debug)]
@@ -24,11 +24,10 @@ pub(crate) enum Mask {
 
 impl Mask {
     /// The mask of one forward pass for layers that look back `window` positions, themselves included.
-    pub(crate) fn new(input: &Input, past: i64, window: Option<i64>, kind: Kind) -> Mask {
-        let new = input.ids.size()[1];
-        let total = past + new;
-        let window = window.filter(|&w| w < total);
-        let padding = input.attention_mask.as_ref().filter(|it| hides(it));
+    pub(crate) fn new(front: &Front, window: Option<i64>, like: &Tensor) -> Mask {
+        let (past, new) = (front.past, front.new);
+        let window = window.filter(|&w| w < past + new);
+        let padding = front.mask.as_ref().filter(|it| hides(it));
         if padding.is_none() && window.is_none() {
             if new == 1 {
                 return Mask::All;
@@ -37,8 +36,8 @@ impl Mask {
                 return Mask::Causal;
             }
         }
-        let seen = backwards((new, past), padding, window, input.ids.device());
-        Mask::Added(added(&seen, kind))
+        let seen = backwards((new, past), padding, window, like.device());
+        Mask::Added(added(&seen, like.kind()))
     }
 
     /// The mask of a decoder whose scores have a `bias` of their own `[1, heads, new, past + new]`.
@@ -117,15 +116,28 @@ pub(crate) struct Heads {
     pub(crate) dropout: f64,
 }
 
+/// What a layer looks at besides its own keys and values.
+#[derive(Debug, Default)]
+pub(crate) struct Before<'a> {
+    /// Virtual keys and values, each `[kv_heads, n, d]`.
+    pub(crate) kv: Option<&'a (Tensor, Tensor)>,
+    /// What was seen before, and the number of the layer.
+    pub(crate) cache: Option<(&'a mut Cache, usize)>,
+}
+
 /// query: `[batch, new, queries, d]`, key, value: `[batch, new, keys, d]` -> `[batch, new, queries · d]`.
 pub(crate) fn attend(
     heads: Heads,
     [query, key, value]: [Tensor; 3],
     mask: &Mask,
-    cache: Option<(&mut Cache, usize)>,
+    before: Before<'_>,
     ctx: Ctx,
 ) -> Tensor {
-    let (key, value) = match cache {
+    let (key, value) = match before.kv {
+        None => (key, value),
+        Some((k, v)) => (behind(k, &key), behind(v, &value)),
+    };
+    let (key, value) = match before.cache {
         None => (key, value),
         Some((cache, layer)) => cache.append(layer, &key, &value),
     };
@@ -140,13 +152,14 @@ pub(crate) fn attend(
     y.reshape([size[0], size[1], size[2] * size[3]])
 }
 
-/// The positions of the new tokens, `[batch or 1, new]`.
-pub(crate) fn positions(input: &Input, past: i64) -> Tensor {
-    match &input.position_ids {
-        Some(given) => given.shallow_clone(),
-        None => {
-            let (new, device): (i64, Device) = (input.ids.size()[1], input.ids.device());
-            Tensor::arange_start(past, past + new, (Kind::Int64, device)).unsqueeze(0)
-        }
-    }
+/// Virtual ones `[heads, n, d]` before `[batch, new, heads, d]`, the same in every row.
+fn behind(ahead: &Tensor, own: &Tensor) -> Tensor {
+    let ahead = ahead.transpose(0, 1).unsqueeze(0); // [1, n, heads, d]
+    let rows = own.size()[0];
+    Tensor::cat(&[&ahead.expand([rows, -1, -1, -1], false), own], 1)
+}
+
+/// `new` positions behind `past` others, `[1, new]`.
+pub(crate) fn counted(past: i64, new: i64, device: Device) -> Tensor {
+    Tensor::arange_start(past, past + new, (Kind::Int64, device)).unsqueeze(0)
 }

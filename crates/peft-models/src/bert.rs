@@ -10,15 +10,16 @@
 //! RoBERTa is the same but for where its positions begin: behind the number of its padding token, counted over
 //! what is not padding.
 
-use peft_core::{Ctx, Embedding, Linear, Norm, Result, Slot, Spec, Weights};
+use peft_core::{Ctx, Embedding, Linear, Norm, PromptSlot, Result, Slot, Spec, Weights};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use crate::{
     Cache, Input,
-    attention::{Heads, Mask, attend, positions},
+    attention::{Before, Heads, Mask, attend, counted},
     body::{Body, Visitor, dropout, layer_norm, root, table},
     config::BertConfig,
+    front::Front,
     input::Sizes,
 };
 
@@ -26,6 +27,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Bert {
     config: BertConfig,
+    prompt: PromptSlot,
     tokens: Embedding,
     places: Embedding,
     types: Embedding,
@@ -68,6 +70,7 @@ impl Bert {
         let layers =
             (0..c.layers).map(|i| Layer::build(c, &format!("{root}encoder.layer.{i}"), weights));
         Ok(Bert {
+            prompt: PromptSlot::new(tokens.weight()),
             tokens,
             places,
             types,
@@ -77,26 +80,31 @@ impl Bert {
         })
     }
 
-    /// `[batch or 1, seq]`
-    fn positions(&self, input: &Input) -> Tensor {
-        match (self.config.padding, &input.position_ids) {
-            (Some(padding), None) => {
-                let real = input.ids.ne(padding).to_kind(Kind::Int64);
-                real.cumsum(1, Kind::Int64) * real + padding
-            }
-            _ => positions(input, 0),
+    /// `[batch or 1, new]`
+    fn positions(&self, input: &Input, front: &Front) -> Tensor {
+        let Some(padding) = self.config.padding else {
+            return front.positions(&input.ids);
+        };
+        if let Some(given) = front.given() {
+            return given;
         }
+        if front.has_embeds() {
+            // What is padding cannot be told from embeddings, and is counted too.
+            return counted(front.past + padding + 1, front.new, input.ids.device());
+        }
+        let real = input.ids.ne(padding).to_kind(Kind::Int64);
+        (real.cumsum(1, Kind::Int64) + front.past) * real + padding
     }
 
-    /// `[batch, seq] -> [batch, seq, hidden]`
-    fn embed(&self, input: &Input, ctx: Ctx) -> Tensor {
+    /// `[batch, seq] -> [batch, new, hidden]`
+    fn embed(&self, input: &Input, front: &Front, ctx: Ctx) -> Tensor {
         let types = match &input.token_type_ids {
-            Some(types) => types.shallow_clone(),
+            Some(types) => front.zeros_before(types),
             None => Tensor::zeros([1, 1], (Kind::Int64, input.ids.device())),
         };
-        let x = self.tokens.forward(&input.ids, ctx)
+        let x = front.put(self.tokens.forward(&input.ids, ctx))
             + self.types.forward(&types, ctx)
-            + self.places.forward(&self.positions(input), ctx);
+            + self.places.forward(&self.positions(input, front), ctx);
         dropout(self.norm.forward(&x, ctx), self.config.hidden_dropout, ctx)
     }
 }
@@ -126,18 +134,24 @@ impl Body for Bert {
     /// There is nothing to be cached where every position sees every other.
     fn hidden(&self, input: &Input, _: Option<&mut Cache>, ctx: Ctx) -> Tensor {
         let c = &self.config;
-        let mut x = self.embed(input, ctx); // [batch, seq, hidden]
+        let kind = self.tokens.weight().kind();
+        let front = Front::new(&self.prompt, input, None, kind, ctx);
+        let mut x = self.embed(input, &front, ctx); // [batch, new, hidden]
         let size = x.size();
-        let mask = Mask::padding(input.attention_mask.as_ref(), size[1], x.kind());
+        let mask = Mask::padding(front.mask.as_ref(), front.new, kind);
         let width = c.hidden / c.heads;
         let heads = Heads {
             scale: (width as f64).powf(-0.5),
             dropout: c.attention_dropout,
         };
-        for layer in &self.layers {
+        for (i, layer) in self.layers.iter().enumerate() {
             let parts = [&layer.query, &layer.key, &layer.value]
                 .map(|it| it.forward(&x, ctx).view([size[0], size[1], c.heads, width]));
-            let y = attend(heads, parts, &mask, None, ctx);
+            let before = Before {
+                kv: front.kv(i),
+                cache: None,
+            };
+            let y = attend(heads, parts, &mask, before, ctx);
             let y = dropout(layer.out.forward(&y, ctx), c.hidden_dropout, ctx);
             x = layer.attention_norm.forward(&(y + x), ctx);
             let inner = c.activation.forward(&layer.up.forward(&x, ctx)); // [batch, seq, intermediate]
@@ -145,6 +159,10 @@ impl Body for Bert {
             x = layer.norm.forward(&(y + x), ctx);
         }
         x
+    }
+
+    fn prompt(&self) -> &PromptSlot {
+        &self.prompt
     }
 
     fn table(&self) -> &Embedding {
@@ -181,6 +199,7 @@ impl Body for Bert {
 
     fn slots(&mut self, root: &str, visit: Visitor<'_>) {
         let at = |name: &str| format!("{root}embeddings.{name}");
+        visit("", Slot::Prompt(&mut self.prompt));
         visit(&at("word_embeddings"), Slot::Embedding(&mut self.tokens));
         // RoBERTa makes its table of positions last.
         let roberta = self.config.padding.is_some();

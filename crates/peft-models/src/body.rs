@@ -8,7 +8,7 @@
 use std::fmt::Debug;
 
 use peft_core::{
-    Ctx, Dense, Embedding, Error, Linear, Norm, NormKind, Result, Slot, Spec, Weights,
+    Ctx, Dense, Embedding, Error, Linear, Norm, NormKind, PromptSlot, Result, Slot, Spec, Weights,
 };
 use serde_json::Value;
 use tch::Tensor;
@@ -23,6 +23,8 @@ pub(crate) trait Body: Debug + Send {
     /// A vector for each position: `[batch, seq] -> [batch, seq, hidden]`. With a cache, the new positions see what
     /// it holds and are added to it.
     fn hidden(&self, input: &Input, cache: Option<&mut Cache>, ctx: Ctx) -> Tensor;
+    /// The place for virtual tokens.
+    fn prompt(&self) -> &PromptSlot;
     /// The table of the tokens.
     fn table(&self) -> &Embedding;
     /// How large its tables are.
@@ -31,7 +33,12 @@ pub(crate) trait Body: Debug + Send {
     fn config(&self) -> &Value;
     /// Sizes and names, where the body's own begin with `root`; nothing is said of a head.
     fn spec(&self, root: &str) -> Spec;
-    /// Visits every place under the name that `named_modules()` gives it behind `root`, in that order.
+    /// The longest row that it reads: virtual tokens in front of it take places away.
+    fn longest(&self) -> i64 {
+        self.sizes().longest - self.prompt().tokens()
+    }
+    /// Visits every place under the name that `named_modules()` gives it behind `root`, in that order; the place for
+    /// virtual tokens first.
     fn slots(&mut self, root: &str, visit: Visitor<'_>);
 }
 

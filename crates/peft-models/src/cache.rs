@@ -10,6 +10,10 @@ use tch::Tensor;
 pub struct Cache {
     layers: Vec<Option<Kv>>,
     len: i64,
+    /// How many virtual positions stand before those of tokens.
+    ahead: i64,
+    /// Positions are counted, whatever a caller gives.
+    counted: bool,
     /// What each layer of a decoder looks at in an encoder's output, each `[batch, source, heads, head_dim]`.
     crossed: Vec<(Tensor, Tensor)>,
 }
@@ -27,7 +31,7 @@ impl Cache {
         Cache::default()
     }
 
-    /// How many positions it holds.
+    /// How many tokens it holds. Virtual ones in front of them do not count.
     pub fn len(&self) -> i64 {
         self.len
     }
@@ -37,7 +41,21 @@ impl Cache {
         self.len == 0
     }
 
-    /// Forgets all positions after the first `len`.
+    /// How many virtual tokens it holds before the others.
+    pub fn ahead(&self) -> i64 {
+        self.ahead
+    }
+
+    pub(crate) fn is_counted(&self) -> bool {
+        self.counted
+    }
+
+    /// Forgets everything; what the decoder took from an encoder stays.
+    pub(crate) fn clear(&mut self) {
+        (self.len, self.ahead, self.counted) = (0, 0, false);
+    }
+
+    /// Forgets all tokens after the first `len`.
     pub fn truncate(&mut self, len: i64) {
         self.len = self.len.min(len);
     }
@@ -55,7 +73,8 @@ impl Cache {
             self.layers.resize_with(layer + 1, || None);
         }
         let size = key.size();
-        let (new, total) = (size[1], self.len + size[1]);
+        let past = self.ahead + self.len;
+        let (new, total) = (size[1], past + size[1]);
         let slot = &mut self.layers[layer];
         let room = slot.as_ref().map_or(0, |it| it.key.size()[1]);
         if room < total {
@@ -65,9 +84,7 @@ impl Cache {
                 let shape = [size[0], capacity, size[2], size[3]];
                 let fresh = Tensor::empty(shape, (like.kind(), like.device()));
                 if let Some(old) = old {
-                    fresh
-                        .narrow(1, 0, self.len)
-                        .copy_(&old.narrow(1, 0, self.len));
+                    fresh.narrow(1, 0, past).copy_(&old.narrow(1, 0, past));
                 }
                 fresh
             };
@@ -77,8 +94,8 @@ impl Cache {
             });
         }
         let kv = slot.as_ref().expect("made above");
-        kv.key.narrow(1, self.len, new).copy_(key);
-        kv.value.narrow(1, self.len, new).copy_(value);
+        kv.key.narrow(1, past, new).copy_(key);
+        kv.value.narrow(1, past, new).copy_(value);
         (kv.key.narrow(1, 0, total), kv.value.narrow(1, 0, total))
     }
 
@@ -96,8 +113,10 @@ impl Cache {
     }
 
     /// Counts the new positions, after every layer has added its own.
-    pub(crate) fn advance(&mut self, new: i64) {
-        self.len += new;
+    pub(crate) fn advance(&mut self, tokens: i64, ahead: i64, counted: bool) {
+        self.len += tokens;
+        self.ahead += ahead;
+        self.counted = counted;
     }
 
     /// Keeps and orders the rows `[n]` of the batch, for beams or finished rows.

@@ -10,15 +10,16 @@
 //! Its linear layers are kept `[in, out]` on disk (`Conv1D` in `transformers`) and are transposed views here:
 //! everything else sees `[out, in]`.
 
-use peft_core::{Ctx, Embedding, Linear, Norm, Result, Slot, Spec, Weights};
+use peft_core::{Ctx, Embedding, Linear, Norm, PromptSlot, Result, Slot, Spec, Weights};
 use serde_json::Value;
 use tch::Tensor;
 
 use crate::{
     Cache, Input,
-    attention::{Heads, Mask, attend, positions},
+    attention::{Before, Heads, Mask, attend},
     body::{Body, Visitor, dropout, layer_norm, root},
     config::Gpt2Config,
+    front::Front,
     input::Sizes,
 };
 
@@ -26,6 +27,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Gpt2 {
     config: Gpt2Config,
+    prompt: PromptSlot,
     tokens: Embedding,
     places: Embedding,
     blocks: Vec<Block>,
@@ -53,6 +55,7 @@ impl Gpt2 {
         let blocks = blocks.collect::<Result<_>>()?;
         let norm = layer_norm(weights, &format!("{root}ln_f"), c.hidden, c.eps)?;
         Ok(Gpt2 {
+            prompt: PromptSlot::new(&tokens),
             tokens: Embedding::new(tokens),
             places: Embedding::new(places),
             blocks,
@@ -93,28 +96,34 @@ impl Block {
 impl Body for Gpt2 {
     fn hidden(&self, input: &Input, mut cache: Option<&mut Cache>, ctx: Ctx) -> Tensor {
         let c = &self.config;
-        let past = cache.as_ref().map_or(0, |it| it.len());
-        let place = self.places.forward(&positions(input, past), ctx);
-        let mut x = self.tokens.forward(&input.ids, ctx) + place; // [batch, seq, hidden]
+        let kind = self.tokens.weight().kind();
+        let front = Front::new(&self.prompt, input, cache.as_deref_mut(), kind, ctx);
+        let x = front.put(self.tokens.forward(&input.ids, ctx)); // [batch, new, hidden]
+        let mut x = x + self.places.forward(&front.positions(&input.ids), ctx);
         x = dropout(x, c.embd_dropout, ctx);
-        let mask = Mask::new(input, past, None, x.kind());
+        let mask = Mask::new(&front, None, &x);
         let size = x.size();
         for (i, block) in self.blocks.iter().enumerate() {
             let qkv = block.qkv.forward(&block.norm1.forward(&x, ctx), ctx); // [batch, seq, 3 · hidden]
             let qkv = qkv.view([size[0], size[1], 3 * c.heads, c.hidden / c.heads]);
             let mut parts = qkv.split(c.heads, 2).into_iter();
             let parts = [(); 3].map(|()| parts.next().expect("three parts"));
-            let cache = cache.as_deref_mut().map(|it| (it, i));
-            let y = attend(self.heads(i), parts, &mask, cache, ctx);
+            let before = Before {
+                kv: front.kv(i),
+                cache: cache.as_deref_mut().map(|it| (it, i)),
+            };
+            let y = attend(self.heads(i), parts, &mask, before, ctx);
             x = dropout(block.out.forward(&y, ctx), c.resid_dropout, ctx) + x;
             let inner = block.fc.forward(&block.norm2.forward(&x, ctx), ctx); // [batch, seq, inner]
             let inner = c.activation.forward(&inner);
             x = dropout(block.proj.forward(&inner, ctx), c.resid_dropout, ctx) + x;
         }
-        if let Some(cache) = cache {
-            cache.advance(size[1]);
-        }
+        front.finish(cache);
         self.norm.forward(&x, ctx)
+    }
+
+    fn prompt(&self) -> &PromptSlot {
+        &self.prompt
     }
 
     fn table(&self) -> &Embedding {
@@ -151,6 +160,7 @@ impl Body for Gpt2 {
     }
 
     fn slots(&mut self, root: &str, visit: Visitor<'_>) {
+        visit("", Slot::Prompt(&mut self.prompt));
         visit(&format!("{root}wte"), Slot::Embedding(&mut self.tokens));
         visit(&format!("{root}wpe"), Slot::Embedding(&mut self.places));
         for (i, block) in self.blocks.iter_mut().enumerate() {

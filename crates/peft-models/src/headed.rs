@@ -40,7 +40,7 @@ pub(crate) struct Headed {
 
 impl Headed {
     fn check(&self, input: &Input) -> Result<()> {
-        input.check(&self.body.sizes())?;
+        input.check(&self.body.sizes(), self.body.prompt().tokens())?;
         match self.head {
             Head::Last { padding: None, .. } if input.ids.size()[0] != 1 => Err(fault(
                 "several rows, but no `pad_token_id` in config.json says where each of them ends"
@@ -101,7 +101,7 @@ impl Network for Headed {
                     other => return Err(wrong_sort(self.task, other)),
                 };
                 let scores = self.spans(&self.hidden(input, ctx), ctx);
-                span_loss(&scores.expect("a head for spans"), [start, end])
+                span_loss(&scores.expect("a head for spans"), [start, end], &input.ids)
             }
             Head::Vocabulary { out, .. } => {
                 let labels = tokens_of(labels, input, self.vocab())?;
@@ -151,7 +151,7 @@ impl Network for Headed {
         self.body.table().weight().kind()
     }
     fn max_positions(&self) -> i64 {
-        self.body.sizes().longest
+        self.body.longest()
     }
     fn learned_positions(&self) -> bool {
         self.body.sizes().positions.is_some()

@@ -34,8 +34,8 @@ impl Input {
         }
     }
 
-    /// Checks shapes and that every id has a row in its table.
-    pub(crate) fn check(&self, sizes: &Sizes) -> Result<()> {
+    /// Checks shapes and that every id has a row in its table, with `ahead` virtual tokens before each row.
+    pub(crate) fn check(&self, sizes: &Sizes, ahead: i64) -> Result<()> {
         let size = self.ids.size();
         let &[batch, seq] = size.as_slice() else {
             return Err(fault(format!("ids are {size:?}, expected [batch, seq]")));
@@ -53,15 +53,14 @@ impl Input {
             }
         }
         if let Some(table) = sizes.positions {
-            match &self.position_ids {
-                Some(given) => within("position_ids", given, table)?,
-                None if seq > sizes.longest => {
-                    let longest = sizes.longest;
-                    return Err(fault(format!(
-                        "a row has {seq} tokens, the model holds {longest}"
-                    )));
-                }
-                None => {}
+            let longest = sizes.longest - ahead;
+            if let Some(given) = &self.position_ids {
+                within("position_ids", given, table - ahead)?;
+            }
+            if seq > longest && (self.position_ids.is_none() || ahead > 0) {
+                return Err(fault(format!(
+                    "a row has {seq} tokens, the model holds {longest}"
+                )));
             }
         }
         if let Some(given) = &self.position_ids {

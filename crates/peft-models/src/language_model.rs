@@ -46,13 +46,13 @@ impl Network for LanguageModel {
     }
 
     fn outputs(&self, input: &Input, ctx: Ctx) -> Result<State> {
-        input.check(&self.body.sizes())?;
+        input.check(&self.body.sizes(), self.body.prompt().tokens())?;
         let logits = self.forward(input, ctx);
         Ok(State::from([("logits".to_owned(), logits)]))
     }
 
     fn loss(&self, input: &Input, labels: &Labels, ctx: Ctx) -> Result<(Tensor, i64)> {
-        input.check(&self.body.sizes())?;
+        input.check(&self.body.sizes(), self.body.prompt().tokens())?;
         let labels = tokens_of(labels, input, self.vocab())?;
         Ok(causal_loss(self, input, labels, ctx))
     }
@@ -67,7 +67,7 @@ impl Network for LanguageModel {
         self.body.table().weight().kind()
     }
     fn max_positions(&self) -> i64 {
-        self.body.sizes().longest
+        self.body.longest()
     }
     fn learned_positions(&self) -> bool {
         self.body.sizes().positions.is_some()

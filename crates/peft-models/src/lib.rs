@@ -27,6 +27,7 @@ mod cache;
 mod checkpoint;
 mod config;
 mod decoder;
+mod front;
 mod generate;
 mod gpt2;
 mod head;

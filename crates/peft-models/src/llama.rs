@@ -10,16 +10,17 @@
 //! Qwen 2 has biases on Q, K, V; Qwen 3 a norm on each head of Q and K; Mistral and Qwen may look back
 //! through a window only. Names are those of `transformers`.
 
-use peft_core::{Ctx, Embedding, Linear, Norm, Result, Slot, Spec, Weights};
+use peft_core::{Ctx, Embedding, Linear, Norm, PromptSlot, Result, Slot, Spec, Weights};
 use peft_torch::rope;
 use serde_json::Value;
 use tch::Tensor;
 
 use crate::{
     Cache, Input,
-    attention::{Heads, Mask, attend, positions},
+    attention::{Before, Heads, Mask, attend},
     body::{Body, Visitor, rms_norm, root},
     config::LlamaConfig,
+    front::Front,
     input::Sizes,
 };
 
@@ -27,6 +28,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Llama {
     config: LlamaConfig,
+    prompt: PromptSlot,
     embed: Embedding,
     layers: Vec<Layer>,
     norm: Norm,
@@ -68,6 +70,7 @@ impl Llama {
         let layers = layers.collect::<Result<_>>()?;
         let norm = rms_norm(weights, &format!("{root}norm"), c.hidden, c.eps)?;
         Ok(Llama {
+            prompt: PromptSlot::new(&embed),
             embed: Embedding::new(embed),
             layers,
             norm,
@@ -81,7 +84,7 @@ impl Llama {
         x: &Tensor,
         turn: &(Tensor, Tensor),
         mask: &Mask,
-        cache: Option<(&mut Cache, usize)>,
+        before: Before<'_>,
         ctx: Ctx,
     ) -> Tensor {
         let c = &self.config;
@@ -102,7 +105,7 @@ impl Llama {
             heads,
             [rope(&q, cos, sin), rope(&k, cos, sin), v],
             mask,
-            cache,
+            before,
             ctx,
         );
         layer.o.forward(&y, ctx)
@@ -142,20 +145,24 @@ impl Layer {
 
 impl Body for Llama {
     fn hidden(&self, input: &Input, mut cache: Option<&mut Cache>, ctx: Ctx) -> Tensor {
-        let past = cache.as_ref().map_or(0, |it| it.len());
-        let mut x = self.embed.forward(&input.ids, ctx); // [batch, seq, hidden]
-        let turn = self.config.rope.tables(&positions(input, past));
-        let whole = Mask::new(input, past, None, x.kind());
+        let kind = self.embed.weight().kind();
+        let front = Front::new(&self.prompt, input, cache.as_deref_mut(), kind, ctx);
+        let mut x = front.put(self.embed.forward(&input.ids, ctx)); // [batch, new, hidden]
+        let turn = self.config.rope.tables(&front.positions(&input.ids));
+        let whole = Mask::new(&front, None, &x);
         let window = self.config.windows.iter().flatten().next();
-        let window = window.map(|&w| Mask::new(input, past, Some(w), x.kind()));
+        let window = window.map(|&w| Mask::new(&front, Some(w), &x));
         for (i, layer) in self.layers.iter().enumerate() {
             let mask = match (&window, self.config.windows[i]) {
                 (Some(mask), Some(_)) => mask,
                 _ => &whole,
             };
-            let cache = cache.as_deref_mut().map(|it| (it, i));
+            let before = Before {
+                kv: front.kv(i),
+                cache: cache.as_deref_mut().map(|it| (it, i)),
+            };
             let h = layer.input_norm.forward(&x, ctx);
-            x = self.attention(&layer.attention, &h, &turn, mask, cache, ctx) + x;
+            x = self.attention(&layer.attention, &h, &turn, mask, before, ctx) + x;
             let h = layer.mlp_norm.forward(&x, ctx);
             let (gate, up) = (
                 layer.mlp.gate.forward(&h, ctx),
@@ -164,10 +171,12 @@ impl Body for Llama {
             let inner = self.config.activation.gated(&gate, &up); // [batch, seq, intermediate]
             x = layer.mlp.down.forward(&inner, ctx) + x;
         }
-        if let Some(cache) = cache {
-            cache.advance(input.ids.size()[1]);
-        }
+        front.finish(cache);
         self.norm.forward(&x, ctx)
+    }
+
+    fn prompt(&self) -> &PromptSlot {
+        &self.prompt
     }
 
     fn table(&self) -> &Embedding {
@@ -202,6 +211,7 @@ impl Body for Llama {
     }
 
     fn slots(&mut self, root: &str, visit: Visitor<'_>) {
+        visit("", Slot::Prompt(&mut self.prompt));
         visit(
             &format!("{root}embed_tokens"),
             Slot::Embedding(&mut self.embed),

@@ -255,14 +255,20 @@ fn problem(classes: &Classes, labels: &Labels) -> Result<Problem> {
 ///
 /// A label that lies outside of the text counts for nothing, and so the two means may go over different numbers of rows:
 /// the sum is then scaled to the larger.
-pub(crate) fn span_loss(scores: &[Tensor; 2], labels: [&Tensor; 2]) -> Result<(Tensor, i64)> {
-    let (batch, seq) = (scores[0].size()[0], scores[0].size()[1]);
+/// Scores may have more positions in front of those of the text.
+pub(crate) fn span_loss(
+    scores: &[Tensor; 2],
+    labels: [&Tensor; 2],
+    ids: &Tensor,
+) -> Result<(Tensor, i64)> {
+    let (batch, seq) = (ids.size()[0], ids.size()[1]);
+    let ahead = scores[0].size()[1] - seq;
     let mut parts = Vec::new();
     for (scores, labels) in scores.iter().zip(labels) {
         shaped(labels, &[batch])?;
         whole(labels)?;
         let targets = labels.clamp(0, seq);
-        let targets = targets.masked_fill(&targets.eq(seq), IGNORE);
+        let targets = (&targets + ahead).masked_fill(&targets.eq(seq), IGNORE);
         parts.push(class_loss(scores, &targets));
     }
     let count = parts.iter().map(|it| it.1).max().unwrap_or(0);

@@ -11,16 +11,18 @@
 //! Version 1.1 gates its MLP, has a head of its own and does not scale the vectors in front of it.
 
 use peft_core::{
-    Ctx, Dense, Embedding, Error, Linear, Model, Norm, Result, Slot, Spec, State, Weights,
+    Ctx, Dense, Embedding, Error, Linear, Model, Norm, PromptSlot, Result, Slot, Spec, State,
+    Weights,
 };
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
     Cache, Decoder, IGNORE, Input, Labels, Network, Task,
-    attention::{Heads, Mask, attend},
+    attention::{Before, Heads, Mask, attend},
     body::{Visitor, dropout, rms_norm, table},
     config::T5Config,
+    front::{Front, ones_before},
     headed::Origin,
     input::{Sizes, fault},
     loss::{class_loss, each_token, head_loss, in_range, labelled_here, shaped},
@@ -32,6 +34,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct T5 {
     config: T5Config,
+    prompt: PromptSlot,
     shared: Embedding,
     encoder: Stack,
     decoder: Stack,
@@ -103,6 +106,7 @@ impl T5 {
         let mut json = c.json.clone();
         json["scale_decoder_outputs"] = c.scaled.into();
         Ok(T5 {
+            prompt: PromptSlot::new(&shared),
             shared: Embedding::new(shared),
             encoder,
             decoder,
@@ -115,10 +119,6 @@ impl T5 {
             },
             config,
         })
-    }
-
-    fn embed(&self, ids: &Tensor, ctx: Ctx) -> Tensor {
-        dropout(self.shared.forward(ids, ctx), self.config.dropout, ctx)
     }
 
     /// The decoder's input: labels `[batch, target]` shifted to the right.
@@ -304,7 +304,7 @@ impl Attention {
         x: &Tensor,
         (key, value): (Tensor, Tensor),
         mask: &Mask,
-        cache: Option<(&mut Cache, usize)>,
+        before: Before<'_>,
         ctx: Ctx,
     ) -> Tensor {
         let heads = Heads {
@@ -312,7 +312,7 @@ impl Attention {
             dropout: c.dropout,
         };
         let query = Attention::split(c, &self.q, x, ctx);
-        let y = attend(heads, [query, key, value], mask, cache, ctx);
+        let y = attend(heads, [query, key, value], mask, before, ctx);
         self.o.forward(&y, ctx)
     }
 
@@ -374,21 +374,32 @@ impl Mlp {
 impl Seq2Seq for T5 {
     fn encode(&self, input: &Input, ctx: Ctx) -> Encoded {
         let (c, stack) = (&self.config, &self.encoder);
-        let mut x = self.embed(&input.ids, ctx); // [batch, source, hidden]
+        let x = self.shared.forward(&input.ids, ctx);
+        let (x, mask) = match self.prompt.embeds(ctx) {
+            None => (x, input.attention_mask.as_ref().map(Tensor::shallow_clone)),
+            Some(embeds) => {
+                let (n, rows) = (embeds.size()[0], x.size()[0]);
+                let embeds = embeds.to_kind(x.kind()).expand([rows, -1, -1], false);
+                let mask = input.attention_mask.as_ref().map(|it| ones_before(it, n));
+                (Tensor::cat(&[&embeds, &x], 1), mask)
+            }
+        };
+        let mut x = dropout(x, c.dropout, ctx); // [batch, source, hidden]
         let source = x.size()[1];
         let bias = stack.distances(c, (source, 0), true, ctx);
-        let mask = Mask::padding(input.attention_mask.as_ref(), source, x.kind()).and(&bias);
+        let seen = Mask::padding(mask.as_ref(), source, x.kind()).and(&bias);
         for block in &stack.blocks {
             let h = block.norm.forward(&x, ctx);
             let keys = block.attention.keys(c, &h, ctx);
-            let y = block.attention.forward(c, &h, keys, &mask, None, ctx);
+            let before = Before::default();
+            let y = block.attention.forward(c, &h, keys, &seen, before, ctx);
             x = dropout(y, c.dropout, ctx) + x;
             let y = block.mlp.forward(c, &block.mlp_norm.forward(&x, ctx), ctx);
             x = dropout(y, c.dropout, ctx) + x;
         }
         Encoded {
             states: dropout(stack.norm.forward(&x, ctx), c.dropout, ctx),
-            mask: input.attention_mask.as_ref().map(Tensor::shallow_clone),
+            mask,
         }
     }
 
@@ -401,17 +412,22 @@ impl Seq2Seq for T5 {
         ctx: Ctx,
     ) -> Tensor {
         let (c, stack) = (&self.config, &self.decoder);
-        let past = cache.as_ref().map_or(0, |it| it.len());
-        let mut x = self.embed(ids, ctx); // [batch, target, hidden]
-        let new = x.size()[1];
-        let bias = stack.distances(c, (new, past), false, ctx);
-        let mask = Mask::biased(&bias, past, mask);
-        let cross_mask = Mask::padding(source.mask.as_ref(), new, x.kind());
+        // Of virtual tokens, embeddings are the encoder's, keys and values the decoder's.
+        let kind = self.shared.weight().kind();
+        let front = Front::keys(&self.prompt, (ids, mask), cache.as_deref_mut(), kind, ctx);
+        let mut x = dropout(self.shared.forward(ids, ctx), c.dropout, ctx); // [batch, target, hidden]
+        let new = front.new;
+        let bias = stack.distances(c, (new, front.past), false, ctx);
+        let mask = Mask::biased(&bias, front.past, front.mask.as_ref());
+        let cross_mask = Mask::padding(source.mask.as_ref(), new, kind);
         for (i, block) in stack.blocks.iter().enumerate() {
             let h = block.norm.forward(&x, ctx);
             let keys = block.attention.keys(c, &h, ctx);
-            let own = cache.as_deref_mut().map(|it| (it, i));
-            let y = block.attention.forward(c, &h, keys, &mask, own, ctx);
+            let before = Before {
+                kv: front.kv(i),
+                cache: cache.as_deref_mut().map(|it| (it, i)),
+            };
+            let y = block.attention.forward(c, &h, keys, &mask, before, ctx);
             x = dropout(y, c.dropout, ctx) + x;
             if let Some((norm, cross)) = &block.cross {
                 let make = || cross.keys(c, &source.states, ctx);
@@ -419,15 +435,14 @@ impl Seq2Seq for T5 {
                     Some(cache) => cache.crossed(i, make),
                     None => make(),
                 };
-                let y = cross.forward(c, &norm.forward(&x, ctx), keys, &cross_mask, None, ctx);
+                let h = norm.forward(&x, ctx);
+                let y = cross.forward(c, &h, keys, &cross_mask, Before::default(), ctx);
                 x = dropout(y, c.dropout, ctx) + x;
             }
             let y = block.mlp.forward(c, &block.mlp_norm.forward(&x, ctx), ctx);
             x = dropout(y, c.dropout, ctx) + x;
         }
-        if let Some(cache) = cache {
-            cache.advance(new);
-        }
+        front.finish(cache);
         let x = dropout(stack.norm.forward(&x, ctx), c.dropout, ctx);
         if c.scaled {
             x * (c.hidden as f64).powf(-0.5)
@@ -451,7 +466,7 @@ impl Network for T5 {
     }
 
     fn outputs(&self, input: &Input, ctx: Ctx) -> Result<State> {
-        input.check(&self.sizes())?;
+        input.check(&self.sizes(), 0)?;
         let ids = input.decoder_ids.as_ref();
         let ids = ids.ok_or_else(|| fault("there are no decoder_ids to score".to_owned()))?;
         let logits = self.head.forward(&self.target(input, ids, ctx), ctx);
@@ -459,7 +474,7 @@ impl Network for T5 {
     }
 
     fn loss(&self, input: &Input, labels: &Labels, ctx: Ctx) -> Result<(Tensor, i64)> {
-        input.check(&self.sizes())?;
+        input.check(&self.sizes(), 0)?;
         let labels = each_token(labels)?;
         let target = labels.size().get(1).copied().unwrap_or(0);
         shaped(labels, &[input.ids.size()[0], target.max(1)])?;
@@ -538,6 +553,7 @@ impl Model for T5 {
     }
 
     fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>)) {
+        visit("", Slot::Prompt(&mut self.prompt));
         visit("shared", Slot::Embedding(&mut self.shared));
         self.encoder.slots("encoder", visit);
         self.decoder.slots("decoder", visit);

@@ -179,7 +179,8 @@ pub trait Network: Model {
     fn device(&self) -> Device;
     /// The dtype it computes in.
     fn kind(&self) -> Kind;
-    /// The most positions it was made for; `i64::MAX` where it only knows how far two tokens are apart.
+    /// The longest row it was made for, less the virtual tokens in front of it; `i64::MAX` where it only knows how far
+    /// two tokens are apart.
     fn max_positions(&self) -> i64;
     /// Positions are looked up in a table, so that there are none beyond [`Network::max_positions`].
     fn learned_positions(&self) -> bool;
