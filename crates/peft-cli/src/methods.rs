@@ -136,7 +136,10 @@ impl Method {
         found.ok_or_else(|| {
             let names: Vec<&str> = METHODS.iter().map(|it| it.name).collect();
             let hint = nearest(name, names.iter().copied());
-            usage(format!("unknown method `{name}`{hint}; known are {}", names.join(", ")))
+            usage(format!(
+                "unknown method `{name}`{hint}; known are {}",
+                names.join(", ")
+            ))
         })
     }
 
@@ -147,9 +150,9 @@ impl Method {
         };
         // What a method cannot be without; the values are replaced by those of the run.
         let least = json!({"peft_type": tag, "num_virtual_tokens": 20, "total_step": 1000});
-        let tuner = peft::builtin().parse(least.clone()).or_else(|_| {
-            peft::builtin().parse(json!({"peft_type": tag}))
-        });
+        let tuner = peft::builtin()
+            .parse(least.clone())
+            .or_else(|_| peft::builtin().parse(json!({"peft_type": tag})));
         let mut map = match tuner?.to_json() {
             Value::Object(map) => map,
             other => anyhow::bail!("settings are keys and values, not {other}"),

@@ -13,9 +13,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use peft::{
-    core::{Adapter, files, nearest},
+    core::{Adapter, Model, files, nearest},
     data::Tokenizer,
-    models::{Decoder, OpenOptions, Source, open_source},
+    models::{
+        Decoder, HeadOptions, Network, OpenOptions, Source, Task, open_source, open_task, tasks,
+    },
     train::Run,
 };
 use tch::{Device, Kind};
@@ -209,15 +211,59 @@ impl BaseArgs {
 }
 
 impl Sources {
+    /// What the model is for: as asked, as its adapters say, or the first that it can do.
+    pub(crate) fn task(&self, asked: Option<&str>) -> Result<Task> {
+        if let Some(asked) = asked {
+            return asked.parse().map_err(usage);
+        }
+        for (_, dir) in &self.adapters {
+            let json = files::read_json(&dir.join(ADAPTER_CONFIG))?;
+            if let Some(task) = json.get("task_type").and_then(|it| it.as_str()) {
+                return task
+                    .parse()
+                    .map_err(usage)
+                    .with_context(|| format!("adapter `{}`", dir.display()));
+            }
+        }
+        let config = self.base.config()?;
+        let kind = config.get("model_type").and_then(|it| it.as_str());
+        Ok(task_of(&config)
+            .or_else(|| tasks(kind.unwrap_or_default()).first().copied())
+            .unwrap_or(Task::CausalLm))
+    }
+
+    /// The model for a task, without adapters.
+    pub(crate) fn bare(&self, task: Task, at: Placement) -> Result<Box<dyn Network>> {
+        let options = OpenOptions {
+            kind: Some(at.kind),
+            device: at.device,
+        };
+        open_task(&self.base, task, options, &HeadOptions::default())
+            .with_context(|| format!("model `{}`", self.model))
+    }
+
+    /// The model for a task, dressed.
+    pub(crate) fn load_task(&self, task: Task, at: Placement) -> Result<Box<dyn Network>> {
+        let mut model = self.bare(task, at)?;
+        self.dress(&mut *model)?;
+        Ok(model)
+    }
+
+    fn dress(&self, model: &mut dyn Model) -> Result<()> {
+        let registry = peft::builtin();
+        for (name, dir) in &self.adapters {
+            Adapter::load(dir, &registry)
+                .and_then(|it| it.apply(name, model))
+                .with_context(|| format!("adapter `{}`", dir.display()))?;
+        }
+        Ok(())
+    }
+
     /// Loads the model and dresses it.
     pub(crate) fn load(&self, device: Device, kind: Option<Kind>) -> Result<Box<dyn Decoder>> {
         let mut model = open_source(&self.base, OpenOptions { kind, device })
             .with_context(|| format!("model `{}`", self.model))?;
-        let registry = peft::builtin();
-        for (name, dir) in &self.adapters {
-            let mut apply = || Adapter::load(dir, &registry)?.apply(name, &mut *model);
-            apply().with_context(|| format!("adapter `{}`", dir.display()))?;
-        }
+        self.dress(&mut *model)?;
         Ok(model)
     }
 
@@ -301,6 +347,23 @@ fn neighbour(path: &str) -> String {
         true => String::new(),
         false => nearest(&name, names.iter().map(String::as_str)),
     }
+}
+
+/// What the class that a model was saved from is for: `BertForSequenceClassification`.
+pub(crate) fn task_of(config: &serde_json::Value) -> Option<Task> {
+    let class = config.get("architectures")?.get(0)?.as_str()?;
+    let known = [
+        ("ForCausalLM", Task::CausalLm),
+        ("LMHeadModel", Task::CausalLm),
+        ("ForMaskedLM", Task::MaskedLm),
+        ("ForSequenceClassification", Task::SeqCls),
+        ("ForTokenClassification", Task::TokenCls),
+        ("ForQuestionAnswering", Task::QuestionAns),
+        ("ForConditionalGeneration", Task::Seq2SeqLm),
+        ("Model", Task::FeatureExtraction),
+    ];
+    let found = known.iter().find(|(end, _)| class.ends_with(end));
+    found.map(|(_, task)| *task)
 }
 
 /// The base that an adapter names.

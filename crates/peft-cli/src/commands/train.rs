@@ -328,7 +328,10 @@ impl Args {
         add("data", texts(&self.data));
         add("method", self.method.clone().map(Value::from));
         add("defaults", self.defaults.clone().map(Value::from));
-        add("num_virtual_tokens", self.num_virtual_tokens.map(Value::from));
+        add(
+            "num_virtual_tokens",
+            self.num_virtual_tokens.map(Value::from),
+        );
         add("r", self.r.map(Value::from));
         add("lora_alpha", self.lora_alpha.map(Value::from));
         add("target_modules", self.target_modules.as_deref().map(names));

@@ -174,8 +174,11 @@ impl Plan {
             None => section(),
         };
         if let Some((_, value)) = last("defaults") {
-            self.recipe.defaults = serde_json::from_value(value.clone())
-                .map_err(|_| usage(format!("setting `defaults`: {value} is not `ours` or `python`")))?;
+            self.recipe.defaults = serde_json::from_value(value.clone()).map_err(|_| {
+                usage(format!(
+                    "setting `defaults`: {value} is not `ours` or `python`"
+                ))
+            })?;
         }
         self.recipe.method = method.name.to_owned();
         (self.recipe.options, self.settings.learning_rate) = match self.recipe.defaults {
@@ -282,7 +285,11 @@ impl Plan {
     /// The method, configured, and all of its settings checked; `None`: full fine-tuning.
     ///
     /// `total` is the number of steps of the run, for methods with a schedule of their own.
-    pub(crate) fn tuner(&self, task_type: Option<&str>, total: usize) -> Result<Option<Box<dyn Tuner>>> {
+    pub(crate) fn tuner(
+        &self,
+        task_type: Option<&str>,
+        total: usize,
+    ) -> Result<Option<Box<dyn Tuner>>> {
         let Some(tag) = self.method()?.peft_type else {
             return Ok(None);
         };
@@ -305,8 +312,11 @@ impl Plan {
         let value = self.recipe.options.get(TRAIN_MODULES);
         let value = value.filter(|it| !it.is_null());
         let parse = |it: &Value| {
-            serde_json::from_value(it.clone())
-                .map_err(|_| usage(format!("setting `{TRAIN_MODULES}`: {it} is no list of names and no expression")))
+            serde_json::from_value(it.clone()).map_err(|_| {
+                usage(format!(
+                    "setting `{TRAIN_MODULES}`: {it} is no list of names and no expression"
+                ))
+            })
         };
         value.map(parse).transpose()
     }
@@ -368,7 +378,10 @@ mod tests {
             files
         );
         assert_eq!(
-            set("target_modules=[q_proj, v_proj]").unwrap().recipe.options["target_modules"],
+            set("target_modules=[q_proj, v_proj]")
+                .unwrap()
+                .recipe
+                .options["target_modules"],
             json!(["q_proj", "v_proj"])
         );
     }
@@ -376,18 +389,33 @@ mod tests {
     #[test]
     fn the_method_is_found_wherever_it_is_said() {
         let plan = |pairs: &[(&str, Value)]| {
-            let owned: Vec<_> = pairs.iter().map(|(k, v)| ((*k).to_owned(), v.clone())).collect();
+            let owned: Vec<_> = pairs
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), v.clone()))
+                .collect();
             Plan::of(&owned)
         };
-        let late = plan(&[("train_modules", json!(["lm_head"])), ("method", json!("full"))]).unwrap();
+        let late = plan(&[
+            ("train_modules", json!(["lm_head"])),
+            ("method", json!("full")),
+        ])
+        .unwrap();
         assert_eq!(late.recipe.options["train_modules"], json!(["lm_head"]));
         assert_eq!(late.settings.learning_rate, 2e-5);
         let rate = plan(&[("learning_rate", json!(1e-3)), ("method", json!("full"))]).unwrap();
         assert_eq!(rate.settings.learning_rate, 1e-3);
-        let other = plan(&[("method", json!("full")), ("r", json!(3))]).unwrap_err().to_string();
-        assert!(other.contains("`r` is a setting of") && other.contains("lora"), "{other}");
+        let other = plan(&[("method", json!("full")), ("r", json!(3))])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            other.contains("`r` is a setting of") && other.contains("lora"),
+            "{other}"
+        );
         let other = plan(&[("method", json!("full")), ("lora", json!({"r": 3}))]).unwrap_err();
-        assert!(other.to_string().contains("the method is `full`"), "{other}");
+        assert!(
+            other.to_string().contains("the method is `full`"),
+            "{other}"
+        );
         let error = plan(&[("method", json!("lroa"))]).unwrap_err().to_string();
         assert!(error.contains("`lora`"), "{error}");
         let python = plan(&[("defaults", json!("python"))]).unwrap();
