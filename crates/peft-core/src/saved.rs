@@ -3,10 +3,11 @@
 //! A saved module is a copy that stands in for the base, in the base's dtype and
 //! in the layout that it has on disk, under the plain name of the module. A
 //! trained bias is a new bias b'; what is added is b' − b, so that the base stays
-//! as it is and the two can be told apart again.
+//! as it is and the two can be told apart again. b' is kept in fp32 also over a base in bf16, where a
+//! step of training would often be less than the last bit.
 
 use peft_torch::add_row_;
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 
 use crate::{
     Affine, Beneath, BeneathEmbedding, Ctx, EmbeddingAdapter, LinearAdapter, LinearOp, NormAdapter,
@@ -138,9 +139,9 @@ impl Params for Saved {
 /// A trained bias of a linear layer or a norm.
 #[derive(Debug)]
 pub struct Shift {
-    /// b of the base `[out]`
-    base: Tensor,
-    /// b' `[out]`
+    /// b of the base `[out]`; `None`: the layer has no bias.
+    base: Option<Tensor>,
+    /// b' `[out]` in fp32
     bias: Tensor,
     name: &'static str,
 }
@@ -149,40 +150,59 @@ impl Shift {
     /// Beginning at the base's bias; `below`: the layer has another adapter too, and Python's names say so.
     pub fn new(base: &Tensor, below: bool) -> Shift {
         Shift {
-            base: base.detach(),
-            bias: copy(base),
+            base: Some(base.detach()),
+            bias: copy(&base.to_kind(Kind::Float)),
             name: if below { BIAS_BELOW } else { BIAS },
         }
     }
 
-    /// `bias` of what lies beneath, moved.
-    fn moved(&self, beneath: Option<Tensor>) -> Option<Tensor> {
-        let shift = &self.bias - &self.base;
-        Some(match beneath {
-            Some(bias) => bias + shift,
-            None => shift,
-        })
+    /// A bias of zero for a layer of `out` outputs that has none.
+    pub fn added(out: i64, device: Device) -> Shift {
+        Shift {
+            base: None,
+            bias: Tensor::zeros([out], (Kind::Float, device)).set_requires_grad(true),
+            name: BIAS,
+        }
+    }
+
+    /// b' − b in fp32.
+    fn shift(&self) -> Tensor {
+        match &self.base {
+            Some(base) => &self.bias - base,
+            None => self.bias.shallow_clone(),
+        }
+    }
+
+    /// `bias` of what lies beneath, moved; rounded once to the dtype of the layer.
+    fn moved(&self, beneath: Option<Tensor>, kind: Kind) -> Option<Tensor> {
+        let moved = match beneath {
+            Some(bias) => bias + self.shift(),
+            None => self.shift(),
+        };
+        Some(moved.to_kind(kind))
     }
 }
 
 impl LinearAdapter for Shift {
     fn forward(&self, x: &Tensor, beneath: Beneath<'_>, _: Ctx) -> Tensor {
-        add_row_(beneath.forward(x), &(&self.bias - &self.base))
+        add_row_(beneath.forward(x), &self.shift())
     }
 
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
+        let kind = plain.weight.kind();
         Some(Plain {
             weight: plain.weight,
-            bias: self.moved(plain.bias),
+            bias: self.moved(plain.bias, kind),
         })
     }
 }
 
 impl NormAdapter for Shift {
     fn affine(&self, beneath: Affine) -> Affine {
+        let kind = beneath.weight.kind();
         Affine {
             weight: beneath.weight,
-            bias: self.moved(beneath.bias),
+            bias: self.moved(beneath.bias, kind),
         }
     }
 }
@@ -195,6 +215,23 @@ impl Params for Shift {
 
 /// The names under which [`Shift`] and [`Saved`] keep a bias.
 pub const BIASES: [&str; 2] = [BIAS, BIAS_BELOW];
+
+/// Lets the bias of a linear layer or a norm be trained, if it has one; `below`: as in [`Shift::new`].
+pub fn train_bias(name: &str, slot: &mut Slot<'_>, below: bool) {
+    match slot {
+        Slot::Linear(it) => {
+            if let Some(shift) = it.base().bias().map(|bias| Shift::new(bias, below)) {
+                it.attach(name, Box::new(shift));
+            }
+        }
+        Slot::Norm(it) => {
+            if let Some(shift) = it.base().bias.as_ref().map(|bias| Shift::new(bias, below)) {
+                it.attach(name, Box::new(shift));
+            }
+        }
+        _ => {}
+    }
+}
 
 /// Puts a trained copy on a place that `modules_to_save` names. Virtual tokens have none: false.
 pub fn save_whole(name: &str, slot: Slot<'_>) -> bool {

@@ -11,7 +11,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Common, Error, Names, Outline, Pattern, Result, Site, closest};
+use crate::{Common, Error, Names, Outline, Pattern, Result, Site, SiteKind, closest};
 
 /// One block or several: `layers_to_transform`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -167,6 +167,34 @@ impl Selection<'_> {
             examples: closest(&wanted, fit.map(|site| site.at.as_str()), 4),
             what: format!("{missed} {wanted}"),
         })
+    }
+
+    /// The targets of a method that goes on linear layers and nothing else; an error that names a target of another kind.
+    pub fn linear_targets<'o>(
+        &self,
+        peft_type: &str,
+        outline: &'o Outline,
+    ) -> Result<Vec<&'o Site>> {
+        let mut found = Vec::new();
+        for site in &outline.sites {
+            if site.kind == SiteKind::Prompt || self.saves(&site.at) || !self.targets(&site.at)? {
+                continue;
+            }
+            if site.kind != SiteKind::Linear {
+                return Err(Error::Config {
+                    peft_type: peft_type.to_owned(),
+                    reason: format!(
+                        "target_modules names `{}`, which is {}; the method goes on linear layers, others into modules_to_save",
+                        site.at, site.kind
+                    ),
+                });
+            }
+            found.push(site);
+        }
+        if found.is_empty() {
+            self.check_targets(outline, &|site| site.kind == SiteKind::Linear)?;
+        }
+        Ok(found)
     }
 
     /// That every entry of `modules_to_save` names something. Of the heads that Python adds by the task a model has one.

@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use serde_json::Value;
 use tch::Tensor;
 
 use crate::{
@@ -21,6 +22,36 @@ const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 /// On-disk name of what is trained, where the file of the tensors does not hold it: our own, which Python passes over.
 const TRAINED: &str = "trainable_state.safetensors";
+
+/// Writes what the two files of an adapter folder are to hold, whoever's form it is.
+pub fn write_folder(dir: &Path, config: &Value, state: &State) -> Result<()> {
+    tensors::write(&dir.join(WEIGHTS), state)?;
+    files::write_json(&dir.join(CONFIG), config)
+}
+
+/// Reads the two files of an adapter folder and makes nothing of them.
+pub fn read_folder(dir: &Path) -> Result<(Value, State)> {
+    Ok((read_config(dir)?, read_tensors(dir)?))
+}
+
+fn read_config(dir: &Path) -> Result<Value> {
+    let path = dir.join(CONFIG);
+    if !path.exists() {
+        let reason = format!("no `{CONFIG}` in this folder, so it holds no adapter");
+        return Err(Error::file(dir, reason));
+    }
+    files::read_json(&path)
+}
+
+fn read_tensors(dir: &Path) -> Result<State> {
+    let (path, pickle) = (dir.join(WEIGHTS), dir.join("adapter_model.bin"));
+    if !path.exists() && pickle.exists() {
+        let reason =
+            "a pickle, which can run code when it is read; save it with `safe_serialization=True`";
+        return Err(Error::file(&pickle, reason));
+    }
+    tensors::read(&path)
+}
 
 /// A method's configuration and tensors, apart from any model: what an adapter folder holds.
 #[derive(Debug)]
@@ -40,23 +71,14 @@ impl Adapter {
     /// Reads a folder that Python's `peft` or this crate wrote.
     pub fn load(dir: &Path, registry: &Registry) -> Result<Adapter> {
         let path = dir.join(CONFIG);
-        if !path.exists() {
-            let reason = format!("no `{CONFIG}` in this folder, so it holds no adapter");
-            return Err(Error::file(dir, reason));
-        }
         let named = |error| match error {
             Error::Config { .. } | Error::Unsupported { .. } | Error::UnknownMethod { .. } => {
                 Error::file(&path, error)
             }
             other => other,
         };
-        let tuner = registry.parse(files::read_json(&path)?).map_err(named)?;
-        let source = dir.join(WEIGHTS);
-        if !source.exists() && dir.join("adapter_model.bin").exists() {
-            let reason = "a pickle, which can run code when it is read; save it with `safe_serialization=True`";
-            return Err(Error::file(&dir.join("adapter_model.bin"), reason));
-        }
-        let state = tensors::read(&source)?;
+        let tuner = registry.parse(read_config(dir)?).map_err(named)?;
+        let state = read_tensors(dir)?;
         let more = dir.join(TRAINED);
         let trained = match more.exists() {
             true => tensors::read(&more)?,
@@ -66,17 +88,16 @@ impl Adapter {
             tuner,
             state,
             trained,
-            source,
+            source: dir.join(WEIGHTS),
         })
     }
 
     /// Writes the folder. Each file is there whole or not at all.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        tensors::write(&dir.join(WEIGHTS), &self.state)?;
         if !self.trained.is_empty() {
             tensors::write(&dir.join(TRAINED), &self.trained)?;
         }
-        files::write_json(&dir.join(CONFIG), &self.tuner.to_json())
+        write_folder(dir, &self.tuner.to_json(), &self.state)
     }
 
     /// Takes the parameters called `name` out of a dressed model.

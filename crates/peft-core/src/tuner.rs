@@ -23,6 +23,17 @@ pub enum SiteKind {
     Prompt,
 }
 
+impl fmt::Display for SiteKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            SiteKind::Linear => "a linear layer",
+            SiteKind::Embedding => "an embedding",
+            SiteKind::Norm => "a norm",
+            SiteKind::Prompt => "the place of virtual tokens",
+        })
+    }
+}
+
 /// One place of a model, described.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Site {

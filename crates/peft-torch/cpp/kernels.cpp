@@ -110,6 +110,37 @@ INLINE void swiglu_backward(const T* g, const T* a, const T* b, T* da, T* db, in
   }
 }
 
+// ---- Columns scaled: y = x ∘ s. The sums over rows go by blocks, so that they do not depend on the threads ----
+
+template <class T>
+INLINE void scale_forward(const T* x, const float* s, T* y, int64_t n, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++)
+    for (int64_t j = 0; j < n; j++) store(y + i * n + j, load(x + i * n + j) * s[j]);
+}
+const int64_t COLS = 128, ROWS = 64;
+// dx = g ∘ s, where it is wanted, and ds = Σ_rows g ∘ x, for the columns of blocks `begin` to `end`.
+template <class T>
+INLINE void scale_backward(const T* g, const T* x, const float* s, T* dx, float* ds, int64_t m, int64_t n, int64_t begin,
+                           int64_t end) {
+  for (int64_t c = begin * COLS; c < end * COLS && c < n; c += COLS) {
+    int64_t w = n - c < COLS ? n - c : COLS;
+    for (int64_t j = 0; j < w; j++) ds[c + j] = 0;
+    for (int64_t top = 0; top < m; top += ROWS) {
+      int64_t bottom = m - top < ROWS ? m : top + ROWS;
+      float part[COLS] = {};
+      for (int64_t i = top; i < bottom; i++) {
+        const T *gi = g + i * n + c, *xi = x + i * n + c;
+        for (int64_t j = 0; j < w; j++) part[j] += load(gi + j) * load(xi + j);
+        if (dx) {
+          T* di = dx + i * n + c;
+          for (int64_t j = 0; j < w; j++) store(di + j, load(gi + j) * s[c + j]);
+        }
+      }
+      for (int64_t j = 0; j < w; j++) ds[c + j] += part[j];
+    }
+  }
+}
+
 // ---- GELU, tanh form: y = x/2 · (1 + tanh(√(2/π)(x + 0.044715 x³))) ----
 
 const float GELU_C = 0.7978845608f, GELU_A = 0.044715f;
@@ -221,6 +252,11 @@ BOTH(swiglu_fwd, (const float* a, const float* u, float* y, int64_t b, int64_t e
      (const bf16* a, const bf16* u, bf16* y, int64_t b, int64_t e), swiglu_forward(a, u, y, b, e))
 BOTH(swiglu_bwd, (const float* g, const float* a, const float* u, float* da, float* du, int64_t b, int64_t e),
      (const bf16* g, const bf16* a, const bf16* u, bf16* da, bf16* du, int64_t b, int64_t e), swiglu_backward(g, a, u, da, du, b, e))
+BOTH(scale_fwd, (const float* x, const float* s, float* y, int64_t n, int64_t b, int64_t e),
+     (const bf16* x, const float* s, bf16* y, int64_t n, int64_t b, int64_t e), scale_forward(x, s, y, n, b, e))
+BOTH(scale_bwd, (const float* g, const float* x, const float* s, float* dx, float* ds, int64_t m, int64_t n, int64_t b, int64_t e),
+     (const bf16* g, const bf16* x, const float* s, bf16* dx, float* ds, int64_t m, int64_t n, int64_t b, int64_t e),
+     scale_backward(g, x, s, dx, ds, m, n, b, e))
 BOTH(gelu_fwd, (const float* x, float* y, int64_t b, int64_t e), (const bf16* x, bf16* y, int64_t b, int64_t e),
      gelu_forward(x, y, b, e))
 BOTH(gelu_bwd, (const float* g, const float* x, float* dx, int64_t b, int64_t e),
@@ -316,6 +352,34 @@ int peft_swiglu_backward(at::Tensor* g, at::Tensor* a, at::Tensor* u, at::Tensor
                  : swiglu_bwd_bf16(h(*g), h(*a), h(*u), h(oa), h(ou), b, e);
     });
     *da = new at::Tensor(oa), *du = new at::Tensor(ou);
+  });
+}
+
+// y = x ∘ s; x, y: [.., n], which may be one tensor; s: [n] float.
+int peft_scale(at::Tensor* x, at::Tensor* s, at::Tensor* y, char** err) {
+  return guarded(err, [&] {
+    check(*x), same(*x, *y), check(*s);
+    int64_t n = s->numel(), rows = n ? x->numel() / n : 0;
+    TORCH_CHECK(is_f32(*s) && x->size(-1) == n, "scale: ", s->sizes(), " does not fit ", x->sizes());
+    at::parallel_for(0, rows, grain(n), [&](int64_t b, int64_t e) {
+      is_f32(*x) ? scale_fwd_f32(f(*x), f(*s), f(*y), n, b, e) : scale_fwd_bf16(h(*x), f(*s), h(*y), n, b, e);
+    });
+  });
+}
+
+// ds: [n] float; dx, if it is there: as x.
+int peft_scale_backward(at::Tensor* g, at::Tensor* x, at::Tensor* s, at::Tensor* dx, at::Tensor** ds, char** err) {
+  return guarded(err, [&] {
+    check(*x), same(*x, *g), check(*s);
+    if (dx) same(*x, *dx);
+    int64_t n = s->numel(), m = n ? x->numel() / n : 0, blocks = (n + COLS - 1) / COLS;
+    TORCH_CHECK(is_f32(*s) && x->size(-1) == n, "scale: ", s->sizes(), " does not fit ", x->sizes());
+    auto out = at::empty({n}, s->options());
+    at::parallel_for(0, blocks, grain(m * COLS), [&](int64_t b, int64_t e) {
+      is_f32(*x) ? scale_bwd_f32(f(*g), f(*x), f(*s), dx ? f(*dx) : nullptr, f(out), m, n, b, e)
+                 : scale_bwd_bf16(h(*g), h(*x), f(*s), dx ? h(*dx) : nullptr, f(out), m, n, b, e);
+    });
+    *ds = new at::Tensor(out);
   });
 }
 

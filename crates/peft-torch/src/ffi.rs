@@ -104,6 +104,8 @@ unsafe extern "C" {
         du: *mut P,
         err: *mut *mut c_char,
     ) -> c_int;
+    fn peft_scale(x: P, s: P, y: P, err: *mut *mut c_char) -> c_int;
+    fn peft_scale_backward(g: P, x: P, s: P, dx: P, ds: *mut P, err: *mut *mut c_char) -> c_int;
     fn peft_gelu_tanh(x: P, y: *mut P, err: *mut *mut c_char) -> c_int;
     fn peft_gelu_tanh_backward(g: P, x: P, dx: *mut P, err: *mut *mut c_char) -> c_int;
     fn peft_bmm(a: P, b: P, onednn: c_int, y: *mut P, err: *mut *mut c_char) -> c_int;
@@ -438,6 +440,24 @@ pub(crate) fn swiglu(a: &Tensor, u: &Tensor) -> Result<Tensor, TchError> {
 pub(crate) fn swiglu_backward(g: &Tensor, a: &Tensor, u: &Tensor) -> Result<[Tensor; 2], TchError> {
     // SAFETY: as `rms_norm`.
     make2(|da, du, err| unsafe { peft_swiglu_backward(ptr(g), ptr(a), ptr(u), da, du, err) })
+}
+
+pub(crate) fn scale(x: &Tensor, s: &Tensor, y: &mut Tensor) -> Result<(), TchError> {
+    // SAFETY: as `rms_norm`; `y` is borrowed mutably, and may share the memory of `x`.
+    call(|err| unsafe { peft_scale(ptr(x), ptr(s), ptr(y), err) })
+}
+
+/// The gradient of s; that of x is written into `dx`.
+pub(crate) fn scale_backward(
+    g: &Tensor,
+    x: &Tensor,
+    s: &Tensor,
+    dx: Option<&mut Tensor>,
+) -> Result<Tensor, TchError> {
+    // SAFETY: as `rms_norm`; `dx` is borrowed mutably.
+    make(|ds, err| unsafe {
+        peft_scale_backward(ptr(g), ptr(x), ptr(s), opt(dx.as_deref()), ds, err)
+    })
 }
 
 pub(crate) fn gelu_tanh(x: &Tensor) -> Result<Tensor, TchError> {

@@ -5,7 +5,7 @@
 //! optimiser step over all tensors at once ([`AdamW`]), products that use the
 //! faster of the two libraries inside libtorch ([`linear`]), a few kernels
 //! that read memory once instead of five times ([`rms_norm`], [`rope`],
-//! [`swiglu`], [`gelu_tanh`], [`cross_entropy_`], [`gemv`]), the state of the random generators
+//! [`swiglu`], [`gelu_tanh`], [`scale`], [`cross_entropy_`], [`gemv`]), the state of the random generators
 //! ([`rng`]), memory figures ([`memory`]) and the CUDA half of libtorch found
 //! at run time ([`cuda`]), so that one program serves both.
 //!
@@ -28,4 +28,4 @@ pub use adamw::{AdamW, Moments};
 pub use attention::attention;
 pub use function::{Function, apply, backward, vjp};
 pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
-pub use ops::{add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, swiglu};
+pub use ops::{add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, scale, scale_, swiglu};

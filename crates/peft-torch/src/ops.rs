@@ -48,6 +48,71 @@ impl Function for RmsNorm {
     }
 }
 
+/// `x ∘ s`: each column by a factor of its own; x: `[.., n]`, s: `[n]` in fp32 -> `[.., n]` in the dtype of x.
+///
+/// One pass forward and one back, in which dx = g ∘ s and ds = Σ g ∘ x. x is kept for that only where s wants a gradient.
+///
+/// # Panics
+/// If the shapes do not fit together.
+pub fn scale(x: &Tensor, s: &Tensor) -> Tensor {
+    if !native(x) || s.kind() != Kind::Float {
+        return (x * s).to_kind(x.kind());
+    }
+    let [y] = apply(&[x, s], || {
+        let (x, s) = (x.detach().contiguous(), s.detach().contiguous());
+        let mut y = x.empty_like();
+        ffi::scale(&x, &s, &mut y).expect("n columns and n factors");
+        ([y], Scale { x: Some(x), s })
+    });
+    y
+}
+
+/// [`scale`] in the memory of x, which is used up; x is kept as it was only where s wants a gradient.
+///
+/// # Panics
+/// If the shapes do not fit together.
+pub fn scale_(x: Tensor, s: &Tensor) -> Tensor {
+    let wanted = s.requires_grad() && ffi::grad_enabled();
+    if wanted || !(native(&x) && x.is_contiguous() && s.kind() == Kind::Float) {
+        return scale(&x, s);
+    }
+    let [y] = apply(&[&x], || {
+        let (mut y, s) = (x.detach(), s.detach().contiguous());
+        ffi::scale(&x, &s, &mut y).expect("n columns and n factors");
+        ([y], Scale { x: None, s })
+    });
+    y
+}
+
+struct Scale {
+    /// Kept where `s` is an input, too.
+    x: Option<Tensor>,
+    s: Tensor,
+}
+
+impl Function for Scale {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        needs: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let Some(g) = grads[0].as_ref().map(Tensor::contiguous) else {
+            return Ok(needs.iter().map(|_| None).collect());
+        };
+        let mut dx = needs[0].then(|| g.empty_like());
+        let Some(x) = self.x.as_ref().filter(|_| needs.get(1) == Some(&true)) else {
+            if let Some(dx) = &mut dx {
+                ffi::scale(&g, &self.s, dx)?;
+            }
+            return Ok(std::iter::once(dx)
+                .chain(needs[1..].iter().map(|_| None))
+                .collect());
+        };
+        let ds = ffi::scale_backward(&g, x, &self.s, dx.as_mut())?;
+        Ok(vec![dx, Some(ds)])
+    }
+}
+
 /// `y + row` in the memory of y, which is used up; y: `[.., out]`, row: `[out]`. Differentiable in both.
 ///
 /// # Panics

@@ -1,8 +1,8 @@
 //! Each kernel against the formula in libtorch's own operations, values and gradients, odd sizes, both dtypes.
 
 use peft_torch::{
-    AdamW, Moments, cross_entropy_, gelu_tanh, gemv, linear, memory, rms_norm, rng, rope,
-    set_fast_fp32, swiglu, vjp,
+    AdamW, Moments, cross_entropy_, gelu_tanh, gemv, linear, memory, rms_norm, rng, rope, scale,
+    scale_, set_fast_fp32, swiglu, vjp,
 };
 use tch::{Device, Kind, Reduction, Tensor};
 
@@ -101,6 +101,42 @@ fn norms_turns_and_gates() {
             |t| gelu_tanh(&t[0]),
             |t| t[0].gelu("tanh"),
         );
+    }
+}
+
+/// Widths around the edges of a block of columns, rows around its height; the factors stay in fp32.
+#[test]
+fn columns_are_scaled() {
+    tch::manual_seed(8);
+    for (m, n) in [(1, 1), (3, 5), (63, 127), (65, 129), (130, 300)] {
+        let s = random(&[n], Kind::Float).set_requires_grad(true);
+        for (kind, within) in [(Kind::Float, 2e-6), (Kind::BFloat16, 1e-2)] {
+            let x = random(&[2, m, n], kind).set_requires_grad(true);
+            let g = random(&[2, m, n], kind);
+            let wide = |t: &Tensor| t.detach().to_kind(Kind::Double);
+            let y = scale(&x, &s);
+            assert_eq!(y.kind(), kind);
+            assert!(gap(&y, &(wide(&x) * wide(&s))) < within);
+            let grads = vjp(&[&y], &[&g], &[&x, &s]).expect("a backward pass");
+            let [dx, ds] = [0, 1].map(|i| grads[i].as_ref().expect("a gradient"));
+            assert!(gap(dx, &(wide(&g) * wide(&s))) < within);
+            let sum =
+                (wide(&g) * wide(&x)).sum_dim_intlist([0i64, 1].as_slice(), false, Kind::Double);
+            assert!(
+                gap(ds, &sum) < 1e-5,
+                "{m} × {n} {kind:?}: {:e}",
+                gap(ds, &sum)
+            );
+            assert_eq!(ds.kind(), Kind::Float);
+
+            // In place where the factors are constant: the same bits, and a gradient for x all the same.
+            let fresh = &x + 0.0;
+            let at = fresh.data_ptr();
+            let same = scale_(fresh, &s.detach());
+            assert!(same.equal(&y) && same.data_ptr() == at);
+            let again = vjp(&[&same], &[&g], &[&x]).expect("a backward pass");
+            assert!(again[0].as_ref().expect("a gradient").equal(dx));
+        }
     }
 }
 

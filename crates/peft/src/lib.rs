@@ -9,6 +9,9 @@
 //! | --- | --- |
 //! | [`core`] | the contracts: places, adapters, methods, base formats, and their files |
 //! | [`lora`] | LoRA and its relatives |
+//! | [`ia3`] | (IA)³ |
+//! | [`norm`] | LN tuning |
+//! | [`bitfit`] | BitFit |
 //! | [`models`] | GPT-2 and the Llama family; loading, saving, generating |
 //! | [`data`] | conversations to batches: formats, templates, tokenizers |
 //! | [`train`] | a training loop that one can read |
@@ -72,21 +75,27 @@
 //! A method is a type that implements [`core::Config`] in a crate that depends on `peft-core` alone. It need not be
 //! known here: `peft::builtin().with::<MyMethod>()` reads its files beside all others.
 
+pub use peft_bitfit as bitfit;
 pub use peft_core as core;
 pub use peft_data as data;
 pub use peft_gguf as gguf;
+pub use peft_ia3 as ia3;
 pub use peft_lora as lora;
 pub use peft_models as models;
+pub use peft_norm as norm;
 pub use peft_torch as torch;
 pub use peft_train as train;
 
+pub use peft_bitfit::BitfitConfig;
 pub use peft_core::{Adapter, Ctx, Error, Model, ModelExt, Registry, Result, Targets, Tuner};
 pub use peft_data::{Message, Tokenizer};
+pub use peft_ia3::Ia3Config;
 pub use peft_lora::LoraConfig;
 pub use peft_models::{
     Cache, Decoder, HeadOptions, Input, Labels, Network, OpenOptions, Sampling, Task, causal_loss,
     generate, open, open_task, save,
 };
+pub use peft_norm::NormConfig;
 pub use peft_torch::AdamW;
 pub use peft_train::Settings;
 
@@ -96,13 +105,18 @@ pub use tch;
 ///
 /// A program may know more: `builtin().with::<MyMethod>()`.
 pub fn builtin() -> Registry {
-    Registry::default().with::<LoraConfig>()
+    Registry::default()
+        .with::<LoraConfig>()
+        .with::<Ia3Config>()
+        .with::<NormConfig>()
+        .with::<BitfitConfig>()
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
-    fn lora_is_known() {
-        assert_eq!(super::builtin().known(), ["LORA"]);
+    fn every_method_is_known() {
+        let all = ["BITFIT", "IA3", "LN_TUNING", "LORA"];
+        assert_eq!(super::builtin().known(), all);
     }
 }
