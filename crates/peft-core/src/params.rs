@@ -10,6 +10,8 @@ pub type Visit<'a> = &'a mut dyn FnMut(&str, &Tensor);
 /// Something with parameters: one method's share of one place in a model.
 pub trait Params {
     /// Visits what the adapter owns, by its name on disk below the place: `lora_A.weight`.
+    ///
+    /// Also what it owns and does not train; [`Params::saved`] leaves out what is in no file.
     fn params(&self, visit: Visit<'_>);
 
     /// Visits what the file holds besides: tensors computed from parameters that another

@@ -116,6 +116,7 @@ impl Adapter {
             }
         }
         let tuner = resolved.saved().unwrap_or(resolved);
+        let tuner = tuner.completed(&model.params(name)).unwrap_or(tuner);
         for param in &saved {
             state.insert(tuner.key(&param.at, &param.name), copy(&param.tensor));
         }
@@ -192,9 +193,13 @@ impl Adapter {
     pub fn fill(&self, name: &str, model: &mut dyn Model) -> Result<()> {
         let place = self.source.display().to_string();
         let tuner = self.tuner.resolve(&model.outline())?;
+        // What is neither trained nor saved is the method's own business.
+        let saved = tch::no_grad(|| model.saved(name));
+        let kept = |it: &Param| saved.iter().any(|s| (&s.at, &s.name) == (&it.at, &it.name));
         let wanted: BTreeMap<String, Tensor> = model
             .params(name)
             .into_iter()
+            .filter(|it| it.tensor.requires_grad() || kept(it))
             .map(|it| (tuner.key(&it.at, &it.name), it.tensor))
             .collect();
         let derived = model.derived(name).into_iter();

@@ -7,7 +7,7 @@ use std::fmt;
 
 use serde_json::Value;
 
-use crate::{Result, Slot, Spec, State};
+use crate::{Param, Result, Schedule, Slot, Spec, State};
 
 /// What kind of place a [`Site`] is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +112,16 @@ pub trait Tuner: fmt::Debug + Send {
 
     /// The configuration that goes with what [`Params::saved`](crate::Params::saved) writes, where it is another than this one.
     fn saved(&self) -> Option<Box<dyn Tuner>> {
+        None
+    }
+
+    /// The configuration with what only the trained tensors know (which ranks are left), where there is such a thing.
+    fn completed(&self, _params: &[Param]) -> Option<Box<dyn Tuner>> {
+        None
+    }
+
+    /// What it does while it is trained, besides its forward pass.
+    fn schedule(&self) -> Option<Box<dyn Schedule>> {
         None
     }
 

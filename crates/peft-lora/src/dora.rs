@@ -17,12 +17,11 @@
 //! so the layer itself runs once more.
 
 use peft_core::{Beneath, Ctx, LinearAdapter, LinearOp, Params, Plain, Visit};
-use peft_torch::thin;
+use peft_torch::{add_low_rank, thin};
 use tch::{Kind, Tensor};
 
 use crate::{
     factors::{Factors, leaf},
-    in_place::add_low_rank,
     lora::{A, B, dropped},
 };
 

@@ -5,12 +5,10 @@
 //! that training begins at the base (section 4.1).
 
 use peft_core::{Beneath, Ctx, LinearAdapter, LinearOp, Params, Plain, Visit};
+use peft_torch::add_low_rank;
 use tch::Tensor;
 
-use crate::{
-    factors::{Factors, add},
-    in_place::add_low_rank,
-};
+use crate::factors::{Factors, add};
 
 /// The on-disk names below a linear layer.
 pub(crate) const A: &str = "lora_A.weight";

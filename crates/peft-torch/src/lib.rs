@@ -5,7 +5,7 @@
 //! optimiser step over all tensors at once ([`AdamW`]), products that use the
 //! faster of the two libraries inside libtorch ([`linear`]), a few kernels
 //! that read memory once instead of five times ([`rms_norm`], [`rope`],
-//! [`swiglu`], [`gelu_tanh`], [`scale`], [`cross_entropy_`], [`gemv`]), the state of the random generators
+//! [`swiglu`], [`gelu_tanh`], [`add_low_rank`], [`scale`], [`cross_entropy_`], [`gemv`]), the state of the random generators
 //! ([`rng`]), memory figures ([`memory`]) and the CUDA half of libtorch found
 //! at run time ([`cuda`]), so that one program serves both.
 //!
@@ -19,6 +19,7 @@ pub mod cuda;
 mod ffi;
 mod function;
 mod linear;
+mod low_rank;
 pub mod memory;
 mod ops;
 pub mod rng;
@@ -28,4 +29,5 @@ pub use adamw::{AdamW, Moments};
 pub use attention::attention;
 pub use function::{Function, apply, backward, vjp};
 pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
+pub use low_rank::add_low_rank;
 pub use ops::{add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, scale, scale_, swiglu};

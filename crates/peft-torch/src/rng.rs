@@ -16,6 +16,25 @@ pub fn set_state(device: Device, state: &Tensor) -> Result<(), TchError> {
     ffi::rng_set(index(device)?, &state.to_device(Device::Cpu))
 }
 
+/// Runs `body` with the generators seeded, and leaves them as they were: for numbers that a seed alone decides.
+pub fn with_seed<T>(seed: i64, body: impl FnOnce() -> T) -> Result<T, TchError> {
+    let cards = match tch::Cuda::is_available() {
+        true => tch::Cuda::device_count().max(0) as usize,
+        false => 0,
+    };
+    // libtorch seeds those of the graphics cards along.
+    let all = std::iter::once(Device::Cpu).chain((0..cards).map(Device::Cuda));
+    let before: Vec<(Device, Tensor)> = all
+        .map(|device| Ok((device, state(device)?)))
+        .collect::<Result<_, TchError>>()?;
+    tch::manual_seed(seed);
+    let result = body();
+    for (device, state) in &before {
+        set_state(*device, state)?;
+    }
+    Ok(result)
+}
+
 fn index(device: Device) -> Result<i32, TchError> {
     match device {
         Device::Cpu => Ok(-1),

@@ -373,3 +373,15 @@ fn attention_is_softmax_of_products() {
         );
     }
 }
+
+#[test]
+fn numbers_of_a_seed_leave_no_trace() {
+    let draw = || random(&[5], Kind::Float);
+    tch::manual_seed(3);
+    let (first, second) = (draw(), draw());
+    tch::manual_seed(3);
+    let same = draw();
+    let of_seed = rng::with_seed(3, draw).expect("a state to put back");
+    assert!(first.equal(&same) && first.equal(&of_seed));
+    assert!(second.equal(&draw()));
+}

@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! param.<name>  m.<name>  v.<name>  step.<name>   what is trained, and AdamW's memory of it
+//! method.<name>                                   what the method remembers from step to step
 //! rng.cpu, rng.device                             libtorch's random generators
 //! progress                                        everything else, JSON as bytes
 //! ```
@@ -13,7 +14,7 @@
 
 use std::path::Path;
 
-use peft_core::{Param, State, tensors};
+use peft_core::{Param, Schedule, State, tensors};
 use peft_torch::rng;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -81,6 +82,7 @@ pub struct Checkpoint {
 }
 
 const PROGRESS: &str = "progress";
+const METHOD: &str = "method.";
 
 impl Checkpoint {
     /// Reads a checkpoint.
@@ -121,6 +123,13 @@ impl Checkpoint {
         Ok(())
     }
 
+    /// Puts back what the method remembers.
+    pub(crate) fn restore_method(&self, method: &mut dyn Schedule) -> Result<()> {
+        let all = self.state.iter();
+        let own = all.filter_map(|(key, t)| Some((key.strip_prefix(METHOD)?.to_owned(), t.copy())));
+        Ok(method.restore(own.collect())?)
+    }
+
     fn get(&self, key: &str) -> Result<&Tensor> {
         self.state.get(key).ok_or_else(|| {
             let hint = peft_core::nearest(key, self.state.keys().map(String::as_str));
@@ -147,8 +156,12 @@ pub(crate) fn save(
     progress: &Progress,
     objective: &mut dyn Objective,
     optimizer: &Optimizer,
+    method: Option<&dyn Schedule>,
 ) -> Result<()> {
     let mut state = State::new();
+    for (key, tensor) in method.map(Schedule::state).unwrap_or_default() {
+        state.insert(format!("{METHOD}{key}"), tensor);
+    }
     for param in objective.params() {
         state.insert(format!("param.{}", key(&param)), param.tensor.detach());
     }

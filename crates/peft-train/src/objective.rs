@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use peft_core::{Adapter, Ctx, ModelExt, Param, Tuner};
+use peft_core::{Adapter, Ctx, ModelExt, Param, Schedule, Tuner};
 use peft_data::Batch;
 use peft_models::{Decoder, Input, causal_loss};
 use tch::{Device, Tensor};
@@ -20,6 +20,10 @@ pub trait Objective {
     fn loss(&mut self, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)>;
     /// Every tensor that belongs to what is trained; those that require a gradient are stepped.
     fn params(&mut self) -> Vec<Param>;
+    /// What the method does besides being stepped, if it does something.
+    fn schedule(&self) -> Option<Box<dyn Schedule>> {
+        None
+    }
     /// Writes what was trained as a folder that can be loaded again.
     fn save(&mut self, dir: &Path) -> Result<()>;
     /// Where it computes.
@@ -44,6 +48,10 @@ impl Objective for CausalLm<'_> {
 
     fn params(&mut self) -> Vec<Param> {
         self.model.params(self.name)
+    }
+
+    fn schedule(&self) -> Option<Box<dyn Schedule>> {
+        self.tuner.schedule()
     }
 
     fn save(&mut self, dir: &Path) -> Result<()> {

@@ -12,6 +12,9 @@
 //! counted from the labels before anything runs; averaging the means of the
 //! batches instead would weigh tokens of short batches more.
 //!
+//! A method may add a term to L and act after each step ([`peft_core::Schedule`]); the term is not part of the losses that are
+//! reported, so that methods can be compared.
+//!
 //! Once a step the loss of each batch and the norm of the gradients come back
 //! from the device together; where one of them is no number, the step is not
 //! taken and the run stops. Everything that a step depends on is a function of
@@ -172,8 +175,14 @@ pub fn train(
 
     let mut optimizer = Optimizer::new(&objective.params(), settings)?;
     let mut schedule = Schedule::new(settings, total)?;
+    let mut method = objective.schedule();
     let mut now = match from {
-        Some(checkpoint) => resume(checkpoint, settings, &train, objective, &optimizer)?,
+        Some(checkpoint) => {
+            if let Some(method) = &mut method {
+                checkpoint.restore_method(&mut **method)?;
+            }
+            resume(checkpoint, settings, &train, objective, &optimizer)?
+        }
         None => {
             tch::manual_seed(settings.seed as i64);
             Progress::start(settings, total, train.len())
@@ -211,8 +220,9 @@ pub fn train(
         let batches: Vec<Batch> = rows.map(|rows| train.batch(rows)).collect();
 
         let learning_rate = schedule.learning_rate(now.step);
-        let step = take(objective, &mut optimizer, &batches, learning_rate)
-            .map_err(|fault| fault.at(now.step + 1, &train))?;
+        let number = now.step + 1;
+        let step = take(objective, &mut optimizer, &mut method, &batches, learning_rate, number)
+            .map_err(|fault| fault.at(number, &train))?;
         now.count(&step, lap.elapsed());
         lap = Instant::now();
 
@@ -248,7 +258,8 @@ pub fn train(
         now.seconds = (before + started.elapsed()).as_secs_f64();
         now.log_bytes = log.bytes();
         if stop || due {
-            checkpoint::save(&run.checkpoint(), &now, objective, &optimizer)?;
+            let path = run.checkpoint();
+            checkpoint::save(&path, &now, objective, &optimizer, method.as_deref())?;
             observer.on(&Event::Saved { step: now.step });
             lap = Instant::now();
         }
@@ -319,8 +330,10 @@ impl Fault {
 fn take(
     objective: &mut dyn Objective,
     optimizer: &mut Optimizer,
+    method: &mut Option<Box<dyn peft_core::Schedule>>,
     batches: &[Batch],
     learning_rate: f64,
+    number: usize,
 ) -> Result<Step, Fault> {
     let labels: usize = batches.iter().map(Batch::trained_tokens).sum();
     optimizer.zero_grad();
@@ -332,6 +345,9 @@ fn take(
             .to_device(sum.device());
         peft_torch::backward(&[&sum], &[&share])?;
         measured.push(sum.detach().to_kind(Kind::Double));
+    }
+    if let Some(term) = method.as_ref().and_then(|it| it.penalty(&objective.params())) {
+        peft_torch::backward(&[&term], &[&term.ones_like()])?;
     }
     measured.push(
         optimizer
@@ -366,6 +382,9 @@ fn take(
     }
     optimizer.clip(grad_norm);
     optimizer.step(learning_rate)?;
+    if let Some(method) = method {
+        method.after_step(&objective.params(), number)?;
+    }
     let seen = |batch: &Batch| batch.attention_mask.iter().sum::<i64>() as u64;
     Ok(Step {
         loss: losses.iter().sum(),

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use peft_core::{Ctx, Param, State, tensors};
+use peft_core::{Ctx, Param, Schedule, State, tensors};
 use peft_data::{Batch, Dataset, Tokenizer, prepare};
 use peft_train::{
     Checkpoint, Data, Ending, Error, Event, Objective, Observer, Record, Result, Rows, Run,
@@ -20,6 +20,44 @@ struct Bigram {
     poison: Option<usize>,
     /// Held-out losses to report instead of the real ones.
     script: Vec<f64>,
+    /// A method that acts between steps.
+    acts: bool,
+}
+
+/// Pulls the head towards the mean of its own gradients, and holds the embedding small.
+#[derive(Debug, Default)]
+struct Acts {
+    mean: Option<Tensor>,
+    seen: Vec<usize>,
+}
+
+impl Schedule for Acts {
+    fn penalty(&self, params: &[Param]) -> Option<Tensor> {
+        Some(params[0].tensor.square().sum(Kind::Float) * 0.01)
+    }
+
+    fn after_step(&mut self, params: &[Param], step: usize) -> peft_core::Result<()> {
+        let _off = tch::no_grad_guard();
+        let mut head = params[1].tensor.shallow_clone();
+        let mean = match &self.mean {
+            Some(mean) => mean * 0.7 + head.grad() * 0.3,
+            None => head.grad().copy(),
+        };
+        let _ = head.g_sub_(&(&mean * (0.1 / step as f64)));
+        self.mean = Some(mean);
+        self.seen.push(step);
+        Ok(())
+    }
+
+    fn state(&self) -> State {
+        let mean = self.mean.iter().map(Tensor::shallow_clone);
+        mean.map(|mean| ("mean".to_owned(), mean)).collect()
+    }
+
+    fn restore(&mut self, mut state: State) -> peft_core::Result<()> {
+        self.mean = state.remove("mean");
+        Ok(())
+    }
 }
 
 impl Bigram {
@@ -35,6 +73,7 @@ impl Bigram {
             dropout: 0.1,
             poison: None,
             script: Vec::new(),
+            acts: false,
         }
     }
 }
@@ -67,6 +106,10 @@ impl Objective for Bigram {
             tensor: tensor.shallow_clone(),
         };
         vec![param("embed", &self.embed), param("head", &self.head)]
+    }
+
+    fn schedule(&self) -> Option<Box<dyn Schedule>> {
+        self.acts.then(|| Box::new(Acts::default()) as Box<dyn Schedule>)
     }
 
     fn save(&mut self, dir: &Path) -> Result<()> {
@@ -242,14 +285,19 @@ fn a_resumed_run_is_an_unbroken_run() {
         eval_steps: Some(2),
         ..settings()
     };
-    for (at, settings) in [settings(), plateau].iter().enumerate() {
+    let cases = [(settings(), false), (plateau, false), (settings(), true)];
+    for (at, (settings, acts)) in cases.iter().enumerate() {
+        let bigram = || Bigram {
+            acts: *acts,
+            ..Bigram::new()
+        };
         let whole = format!("whole{at}");
-        world.train(&whole, settings, &mut Bigram::new()).unwrap();
+        world.train(&whole, settings, &mut bigram()).unwrap();
         let whole = world.run_at(&whole);
         for stop in [1, 5, 8] {
             let run = world.run(&format!("broken{at}-{stop}"));
             let data = world.data();
-            let mut first = Bigram::new();
+            let mut first = bigram();
             let mut watch = StopAfter(stop, 0);
             let summary = train(&mut first, settings, &data, &run, None, &mut watch).unwrap();
             assert_eq!((summary.ending, summary.steps), (Ending::Interrupted, stop));
@@ -258,7 +306,7 @@ fn a_resumed_run_is_an_unbroken_run() {
             text.push_str("{\"step\": 99");
             fs::write(run.log(), text).unwrap();
 
-            let mut second = Bigram::new();
+            let mut second = bigram();
             drop(tch::no_grad(|| second.head.fill_(1.0)));
             let from = Checkpoint::load(&run.checkpoint()).unwrap();
             let data = world.data();
@@ -269,6 +317,37 @@ fn a_resumed_run_is_an_unbroken_run() {
             assert_eq!(bits(&run, run.best()), bits(&whole, whole.best()));
         }
     }
+}
+
+/// One step by hand: the gradient of the mean loss and of the term, AdamW, then what the method does.
+#[test]
+fn a_method_adds_to_the_loss_and_acts_after_the_step() {
+    let world = World::new();
+    let settings = Settings {
+        max_steps: 1,
+        gradient_accumulation_steps: 2,
+        max_grad_norm: 0.0,
+        weight_decay: 0.0,
+        ..settings()
+    };
+    let run = |acts: bool, name: &str| {
+        let mut model = Bigram {
+            acts,
+            dropout: 0.0,
+            ..Bigram::new()
+        };
+        let before = model.embed.detach().copy();
+        let summary = world.train(name, &settings, &mut model).unwrap();
+        let step = tch::no_grad(|| &model.embed - before);
+        (step, model.embed.grad().copy(), model.head.detach().copy(), summary.loss.unwrap())
+    };
+    let (_, plain, head, loss) = run(false, "plain");
+    let (_, with, moved, same_loss) = run(true, "acts");
+    let start = Bigram::new().embed.detach();
+    let term = (with - plain) - start * 0.02;
+    assert!(term.abs().max().double_value(&[]) < 1e-6, "the gradient of the term");
+    assert!((head - moved).abs().max().double_value(&[]) > 0.0, "nothing was done after the step");
+    assert_eq!(loss, same_loss, "the term is not part of the loss that is reported");
 }
 
 #[test]

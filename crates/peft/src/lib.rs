@@ -12,6 +12,8 @@
 //! | [`ia3`] | (IA)³ |
 //! | [`norm`] | LN tuning |
 //! | [`bitfit`] | BitFit |
+//! | [`adalora`] | AdaLoRA |
+//! | [`vera`] | VeRA |
 //! | [`models`] | GPT-2 and the Llama family; loading, saving, generating |
 //! | [`data`] | conversations to batches: formats, templates, tokenizers |
 //! | [`train`] | a training loop that one can read |
@@ -75,6 +77,7 @@
 //! A method is a type that implements [`core::Config`] in a crate that depends on `peft-core` alone. It need not be
 //! known here: `peft::builtin().with::<MyMethod>()` reads its files beside all others.
 
+pub use peft_adalora as adalora;
 pub use peft_bitfit as bitfit;
 pub use peft_core as core;
 pub use peft_data as data;
@@ -85,7 +88,9 @@ pub use peft_models as models;
 pub use peft_norm as norm;
 pub use peft_torch as torch;
 pub use peft_train as train;
+pub use peft_vera as vera;
 
+pub use peft_adalora::AdaLoraConfig;
 pub use peft_bitfit::BitfitConfig;
 pub use peft_core::{Adapter, Ctx, Error, Model, ModelExt, Registry, Result, Targets, Tuner};
 pub use peft_data::{Message, Tokenizer};
@@ -98,6 +103,7 @@ pub use peft_models::{
 pub use peft_norm::NormConfig;
 pub use peft_torch::AdamW;
 pub use peft_train::Settings;
+pub use peft_vera::VeraConfig;
 
 pub use tch;
 
@@ -110,13 +116,15 @@ pub fn builtin() -> Registry {
         .with::<Ia3Config>()
         .with::<NormConfig>()
         .with::<BitfitConfig>()
+        .with::<AdaLoraConfig>()
+        .with::<VeraConfig>()
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
     fn every_method_is_known() {
-        let all = ["BITFIT", "IA3", "LN_TUNING", "LORA"];
+        let all = ["ADALORA", "BITFIT", "IA3", "LN_TUNING", "LORA", "VERA"];
         assert_eq!(super::builtin().known(), all);
     }
 }
