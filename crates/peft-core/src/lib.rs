@@ -50,6 +50,7 @@ mod targets;
 pub mod tensors;
 mod thaw;
 mod tuner;
+mod virtual_tokens;
 
 pub use ctx::Ctx;
 pub use embedding::{BeneathEmbedding, Embedding, EmbeddingAdapter};
@@ -68,3 +69,4 @@ pub use store::{Adapter, read_folder, write_folder};
 pub use targets::{Names, Pattern, Targets, fullmatch, pattern_value, suffix_match};
 pub use tensors::State;
 pub use tuner::{Injection, Outline, Site, SiteKind, Start, Tuner};
+pub use virtual_tokens::{Form, VirtualTokens};

@@ -50,12 +50,12 @@ pub struct Trial {
     /// The toy.
     pub kit: Kit,
     /// How this method's file is read.
-    parse: fn(Value) -> PeftResult<Box<dyn Tuner>>,
-    registry: Registry,
+    pub(crate) parse: fn(Value) -> PeftResult<Box<dyn Tuner>>,
+    pub(crate) registry: Registry,
 }
 
-const NAME: &str = "default";
-const EXACT: f64 = 1e-5;
+pub(crate) const NAME: &str = "default";
+pub(crate) const EXACT: f64 = 1e-5;
 
 impl Trial {
     /// A trial of method `C`.
@@ -68,23 +68,23 @@ impl Trial {
         }
     }
 
-    fn tuner(&self) -> Result<Box<dyn Tuner>, String> {
+    pub(crate) fn tuner(&self) -> Result<Box<dyn Tuner>, String> {
         (self.parse)(self.json.clone()).map_err(said)
     }
 
-    fn bare(&self) -> Toy {
+    pub(crate) fn bare(&self) -> Toy {
         Toy::new(self.kit, 3)
     }
 
     /// A toy with the adapter as it begins.
-    fn fresh(&self) -> Result<Toy, String> {
+    pub(crate) fn fresh(&self) -> Result<Toy, String> {
         let mut toy = self.bare();
         toy.inject(NAME, &*self.tuner()?).map_err(said)?;
         Ok(toy)
     }
 
     /// A toy with the adapter as training might leave it.
-    fn moved(&self) -> Result<Toy, String> {
+    pub(crate) fn moved(&self) -> Result<Toy, String> {
         let mut toy = self.fresh()?;
         shake(&mut toy, NAME, 5);
         Ok(toy)
@@ -97,11 +97,11 @@ impl Trial {
     }
 }
 
-fn said(error: impl std::fmt::Display) -> String {
+pub(crate) fn said(error: impl std::fmt::Display) -> String {
     error.to_string()
 }
 
-fn shake(toy: &mut Toy, name: &str, seed: i64) {
+pub(crate) fn shake(toy: &mut Toy, name: &str, seed: i64) {
     tch::manual_seed(seed);
     let _off = tch::no_grad_guard();
     for param in toy.trainable(name) {
@@ -111,18 +111,18 @@ fn shake(toy: &mut Toy, name: &str, seed: i64) {
 }
 
 /// Every token of the vocabulary, two rows. `[2, 12]`
-fn ids() -> Tensor {
+pub(crate) fn ids() -> Tensor {
     (Tensor::arange(VOCAB + 1, (Kind::Int64, tch::Device::Cpu)) * 7)
         .remainder(VOCAB)
         .view([2, -1])
 }
 
-fn out(toy: &Toy) -> Tensor {
+pub(crate) fn out(toy: &Toy) -> Tensor {
     tch::no_grad(|| toy.forward(&ids(), Ctx::EVAL))
 }
 
 /// A sum that weighs every output differently.
-fn objective(toy: &Toy, ids: &Tensor) -> Tensor {
+pub(crate) fn objective(toy: &Toy, ids: &Tensor) -> Tensor {
     let y = toy.forward(ids, Ctx::EVAL);
     let weights = (Tensor::arange(VOCAB, (Kind::Float, tch::Device::Cpu)) * 1.3).sin();
     (y.tanh() * weights).sum(Kind::Double)
@@ -150,7 +150,7 @@ fn gradients(toy: &mut Toy, batches: &[Tensor]) -> Vec<(String, Tensor)> {
     .collect()
 }
 
-fn bits(a: &Tensor, b: &Tensor, what: &str) -> Verdict {
+pub(crate) fn bits(a: &Tensor, b: &Tensor, what: &str) -> Verdict {
     match same_bits(a, b) {
         true => Ok(()),
         false => agree(a, b, 0.0, what),
@@ -356,9 +356,14 @@ fn switching_is_free_of_traces(trial: &Trial) -> Verdict {
     toy.switch("second", true).map_err(said)?;
     bits(&out(&toy), &both, "both again")?;
     if !trial.kit.lossy {
-        toy.merge().map_err(said)?;
-        agree(&out(&toy), &both, EXACT, "both merged")?;
-        toy.unmerge();
+        match toy.merge() {
+            Err(Error::NotMergeable { why, .. }) if why.contains("virtual tokens") => {}
+            other => {
+                other.map_err(said)?;
+                agree(&out(&toy), &both, EXACT, "both merged")?;
+                toy.unmerge();
+            }
+        }
     }
     toy.delete("second").map_err(said)?;
     bits(&out(&toy), &alone, "the second deleted")

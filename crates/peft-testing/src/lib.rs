@@ -15,6 +15,11 @@
 //! bits; several adapters leave no traces on each other; rows of a mixed batch are strangers; deleted is gone; saved is loaded; every key survives; unknown keys
 //! that are on are refused; dropout is for training; a failed injection leaves nothing.
 //!
+//! A method of virtual tokens is put through [`conforms_prompt`]: the same laws but three (a fresh prompt is not the base, and
+//! there is nothing to merge), and [its own](ahead): the tokens have the sizes that they say and stand in front of every row;
+//! the second adapter's stand behind the first's; merging and mixed batches are refused by name; a loaded file is
+//! saved as it was; a resumed training is the unbroken one to the bit.
+//!
 //! # Does it catch anything?
 //!
 //! `tests/planted.rs` puts a small correct method through the suite, and then the same method with one mistake each:
@@ -35,7 +40,17 @@
 //! | a trained tensor is saved in fewer bits | save |
 //! | a key of the configuration is lost | config survives |
 //! | unknown keys are ignored | unknown keys |
+//! | virtual tokens: one more is counted than there is | ahead |
+//! | keys and values for one layer of two | ahead |
+//! | the tokens are others at each call | dropout, in front |
+//! | the tokens are put into the table of words | base frozen |
+//! | the encoder's input is saved instead of its output | save |
+//! | a part of the encoder is not kept | resumed |
+//! | a resumed encoder begins anew | resumed |
+//! | what an encoder computed is trained without it | file |
+//! | all adapters share one table | second |
 
+pub mod ahead;
 pub mod fixtures;
 pub mod laws;
 mod numbers;
@@ -76,14 +91,35 @@ pub fn conforms_except<C: Config>(laws: &[&str], cases: &[Value]) {
     }
 }
 
+/// Holds a method of virtual tokens against the laws that apply to it, with each configuration on each toy.
+///
+/// # Panics
+/// As [`conforms`].
+pub fn conforms_prompt<C: Config>(cases: &[Value]) {
+    for case in cases {
+        if let Some((law, why)) = broken_prompt::<C>(case).first() {
+            panic!("law `{law}` is broken by {case}: {why}");
+        }
+    }
+}
+
 /// The laws that a configuration breaks on some toy, each with a complaint.
 pub fn broken<C: Config>(case: &Value) -> Vec<(&'static str, String)> {
+    broken_of::<C>(laws::LAWS, case)
+}
+
+/// [`broken`] for a method of virtual tokens.
+pub fn broken_prompt<C: Config>(case: &Value) -> Vec<(&'static str, String)> {
+    broken_of::<C>(&ahead::laws(), case)
+}
+
+fn broken_of<C: Config>(laws: &[laws::Law], case: &Value) -> Vec<(&'static str, String)> {
     tch::set_num_threads(1); // The toys are too small to share.
     let mut found = Vec::new();
     for (tied, lossy) in [(false, false), (true, false), (false, true), (true, true)] {
         let kit = Kit { tied, lossy };
         let trial = laws::Trial::of::<C>(case, kit);
-        for (name, law) in laws::LAWS {
+        for (name, law) in laws {
             if let Err(why) = law(&trial) {
                 found.push((*name, format!("{why} ({kit:?})")));
             }

@@ -1,16 +1,20 @@
 //! A model small enough to try everything on: one layer of each kind that a method may meet.
 //!
 //! ```text
-//! h = E[ids]                                            embed_tokens
+//! h = [P; E[ids]]                                       virtual tokens, embed_tokens
+//! h = h + look(h, Pₖ, Pᵥ)      attention                 plain tensors, keys and values of virtual tokens
 //! h = h + k(tanh q(norm h))    LayerNorm with a bias     blocks.0.{norm, q_proj, k_proj}
+//! h = h + look(h, Pₖ, Pᵥ)
 //! h = h + o(tanh v(norm h))    RMSNorm                   blocks.1.{norm, v_proj, o_proj}
-//! logits = h Hᵀ                                         lm_head
+//! logits = h Hᵀ                at the real tokens        lm_head
 //! ```
 //!
-//! q has a bias, k is kept transposed, v has no bias, o may lose digits as a quantised layer does.
+//! q has a bias, k is kept transposed, v has no bias, o may lose digits as a quantised layer does. The attention is
+//! causal, with two heads of queries on one of keys and values; it knows no positions.
 
 use peft_core::{
-    Ctx, Dense, Embedding, Linear, LinearOp, Model, Norm, NormKind, Plain, Result, Slot, Spec,
+    Ctx, Dense, Embedding, Linear, LinearOp, Model, Norm, NormKind, Plain, PromptSlot, Result,
+    Slot, Spec,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -18,6 +22,9 @@ use tch::{Device, Kind, Tensor};
 pub const VOCAB: i64 = 23;
 const HIDDEN: i64 = 10;
 const INNER: i64 = 13;
+/// Heads of queries, on one of keys and values.
+const HEADS: i64 = 2;
+const HEAD: i64 = 3;
 
 /// Which toy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +38,8 @@ pub struct Kit {
 /// The model.
 #[derive(Debug)]
 pub struct Toy {
+    prompt: PromptSlot,
+    looks: [Look; 2],
     embed: Embedding,
     norms: [Norm; 2],
     q: Linear,
@@ -76,6 +85,8 @@ impl Toy {
             false => layer(VOCAB, HIDDEN, false),
         };
         Toy {
+            prompt: PromptSlot::new(&table),
+            looks: [(); 2].map(|()| Look::new(&random)),
             embed: Embedding::new(table),
             norms,
             q: Linear::new(q),
@@ -92,12 +103,33 @@ impl Toy {
 
     /// ids: `[batch, seq] -> [batch, seq, vocab]`
     pub fn forward(&self, ids: &Tensor, ctx: Ctx) -> Tensor {
-        let h = self.embed.forward(ids, ctx);
+        self.masked(ids, &ids.ones_like(), ctx)
+    }
+
+    /// The same with padding; ids, mask (0 where nothing is): `[batch, seq] -> [batch, seq, vocab]`
+    pub fn masked(&self, ids: &Tensor, mask: &Tensor, ctx: Ctx) -> Tensor {
+        let (batch, seq) = (ids.size()[0], ids.size()[1]);
+        let mut h = self.embed.forward(ids, ctx);
+        let mut mask = mask.to_kind(Kind::Bool);
+        if let Some(ahead) = self.prompt.embeds(ctx) {
+            let tokens = ahead.size()[0];
+            h = Tensor::cat(&[ahead.expand([batch, -1, -1], false), h], 1); // [batch, tokens + seq, hidden]
+            mask = Tensor::cat(&[mask.new_ones([batch, tokens], (Kind::Bool, mask.device())), mask], 1);
+        }
+        let ahead = self.prompt.kv(ctx).unwrap_or_default();
+        let h = self.looks[0].forward(&h, &mask, ahead.first());
         let up = self.q.forward(&self.norms[0].forward(&h, ctx), ctx).tanh();
         let h = h + self.k.forward(&up, ctx);
+        let h = self.looks[1].forward(&h, &mask, ahead.get(1));
         let up = self.v.forward(&self.norms[1].forward(&h, ctx), ctx).tanh();
         let h = h + self.o.forward(&up, ctx);
-        self.head.forward(&h, ctx)
+        let real = h.narrow(1, h.size()[1] - seq, seq);
+        self.head.forward(&real, ctx)
+    }
+
+    /// Where virtual tokens go.
+    pub fn prompt(&self) -> &PromptSlot {
+        &self.prompt
     }
 
     /// Every tensor of the base, merged or not.
@@ -113,8 +145,10 @@ impl Toy {
                 all.push(it.base().weight.shallow_clone());
                 all.extend(it.base().bias.as_ref().map(Tensor::shallow_clone));
             }
+            Slot::Prompt(it) => all.push(it.words().shallow_clone()),
             _ => {}
         });
+        all.extend(self.looks.iter().flat_map(Look::tensors));
         all
     }
 }
@@ -125,9 +159,9 @@ impl Model for Toy {
             model_type: "llama".to_owned(),
             hidden: HIDDEN,
             layers: 2,
-            heads: 1,
+            heads: HEADS,
             kv_heads: 1,
-            head_dim: HIDDEN,
+            head_dim: HEAD,
             input_embedding: "embed_tokens".to_owned(),
             output_embedding: Some("lm_head".to_owned()),
             tied: self.tied,
@@ -139,6 +173,7 @@ impl Model for Toy {
 
     fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>)) {
         let [first, second] = &mut self.norms;
+        visit("", Slot::Prompt(&mut self.prompt));
         visit("embed_tokens", Slot::Embedding(&mut self.embed));
         visit("blocks.0.norm", Slot::Norm(first));
         visit("blocks.0.q_proj", Slot::Linear(&mut self.q));
@@ -147,6 +182,56 @@ impl Model for Toy {
         visit("blocks.1.v_proj", Slot::Linear(&mut self.v));
         visit("blocks.1.o_proj", Slot::Linear(&mut self.o));
         visit("lm_head", Slot::Linear(&mut self.head));
+    }
+}
+
+/// Causal attention, added to its input. It has no places for adapters.
+#[derive(Debug)]
+struct Look {
+    /// `[hidden, heads·head_dim]`
+    q: Tensor,
+    /// `[hidden, head_dim]`
+    k: Tensor,
+    /// `[hidden, head_dim]`
+    v: Tensor,
+    /// `[heads·head_dim, hidden]`
+    o: Tensor,
+}
+
+impl Look {
+    fn new(random: &impl Fn(&[i64], f64) -> Tensor) -> Look {
+        Look {
+            q: random(&[HIDDEN, HEADS * HEAD], 0.4),
+            k: random(&[HIDDEN, HEAD], 0.4),
+            v: random(&[HIDDEN, HEAD], 0.4),
+            o: random(&[HEADS * HEAD, HIDDEN], 0.4),
+        }
+    }
+
+    /// h: `[batch, seq, hidden]`, mask: `[batch, seq]`, ahead: keys and values `[1, n, head_dim]` that all see.
+    fn forward(&self, h: &Tensor, mask: &Tensor, ahead: Option<&(Tensor, Tensor)>) -> Tensor {
+        let (batch, seq) = (h.size()[0], h.size()[1]);
+        let heads = |t: Tensor| t.view([batch, seq, -1, HEAD]).transpose(1, 2); // [batch, heads, seq, head_dim]
+        let q = heads(h.matmul(&self.q));
+        let (mut k, mut v) = (heads(h.matmul(&self.k)), heads(h.matmul(&self.v)));
+        let causal = mask.new_ones([seq, seq], (Kind::Bool, h.device())).tril(0);
+        let mut seen = causal.logical_and(&mask.unsqueeze(1)); // [batch, seq, seq]
+        if let Some((first_k, first_v)) = ahead {
+            let join = |first: &Tensor, t: &Tensor| {
+                Tensor::cat(&[&first.unsqueeze(0).expand([batch, -1, -1, -1], false), t], 2)
+            };
+            (k, v) = (join(first_k, &k), join(first_v, &v));
+            let n = first_k.size()[1];
+            seen = Tensor::cat(&[seen.new_ones([batch, seq, n], (Kind::Bool, h.device())), seen], 2);
+        }
+        let scores = q.matmul(&k.transpose(2, 3)) / (HEAD as f64).sqrt();
+        let scores = scores.masked_fill(&seen.logical_not().unsqueeze(1), -1e9);
+        let found = scores.softmax(-1, Kind::Float).matmul(&v); // [batch, heads, seq, head_dim]
+        h + found.transpose(1, 2).reshape([batch, seq, -1]).matmul(&self.o)
+    }
+
+    fn tensors(&self) -> [Tensor; 4] {
+        [&self.q, &self.k, &self.v, &self.o].map(Tensor::shallow_clone)
     }
 }
 
