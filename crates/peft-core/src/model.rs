@@ -6,8 +6,8 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    Embedding, Error, Injection, Linear, Names, Norm, Outline, Param, PromptSlot, Result, Site, SiteKind,
-    Start, State, Tuner, Visit, nearest, stack::Place, thaw::thaw,
+    Embedding, Error, Injection, Linear, Names, Norm, Outline, Param, PromptSlot, Result, Site,
+    SiteKind, Start, State, Tuner, Visit, nearest, stack::Place, thaw::thaw,
 };
 
 /// What a method may need to know of a model besides its places.

@@ -81,9 +81,7 @@ impl Tuner for PrefixConfig {
     fn resolve(&self, outline: &Outline) -> Result<Box<dyn Tuner>> {
         self.check()?;
         let tag = PrefixConfig::PEFT_TYPE;
-        let tokens = self
-            .tokens
-            .resolved(tag, Form::Kv, &self.common, outline)?;
+        let tokens = self.tokens.resolved(tag, Form::Kv, &self.common, outline)?;
         let mut resolved = self.clone();
         resolved.encoder_hidden_size = self.encoder_hidden_size.or(tokens.token_dim);
         resolved.tokens = tokens;

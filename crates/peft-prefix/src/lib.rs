@@ -42,9 +42,8 @@
 //!
 //! # Where this differs from Python
 //!
-//! - Several adapters may be on; the second stands behind the first. In Python the last one wins.
+//! - Several adapters may be on: the second stands behind the first. In Python one is active.
 //! - Sizes in a file that contradict the model are errors.
-//! - Virtual tokens in a model that keeps a cache of limited width are the model's affair, not this crate's.
 //!
 //! ```
 //! use peft_prefix::PrefixConfig;

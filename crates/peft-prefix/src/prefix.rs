@@ -85,7 +85,10 @@ impl Prefix {
         let leaf = |t: Tensor| t.set_requires_grad(true);
         let layer = |out, inp, start| -> Result<(Tensor, Tensor)> {
             let weight = uniform(&[out, inp], inp, start, sizes.device)?;
-            Ok((leaf(weight), leaf(uniform(&[out], inp, start, sizes.device)?)))
+            Ok((
+                leaf(weight),
+                leaf(uniform(&[out], inp, start, sizes.device)?),
+            ))
         };
         let embedding = leaf(normal(&[sizes.tokens, width], start, sizes.device)?);
         let projected = Projected {

@@ -28,7 +28,9 @@ fn a_table() {
 fn a_projection() {
     conforms_prompt::<PrefixConfig>(&[
         prefix(json!({"prefix_projection": true})),
-        prefix(json!({"prefix_projection": true, "encoder_hidden_size": 7, "task_type": "CAUSAL_LM"})),
+        prefix(
+            json!({"prefix_projection": true, "encoder_hidden_size": 7, "task_type": "CAUSAL_LM"}),
+        ),
         prefix(json!({"prefix_projection": true, "init_weights": "zero"})),
         prefix(json!({"prefix_projection": true, "modules_to_save": ["v_proj"]})),
     ]);

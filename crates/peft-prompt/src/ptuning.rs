@@ -90,9 +90,11 @@ impl PtuningConfig {
             EncoderType::Mlp if dropout > 0.0 => Err(PtuningConfig::fault(format!(
                 "encoder_dropout is {dropout}, which an MLP does not have; encoder_reparameterization_type LSTM has it"
             ))),
-            EncoderType::Lstm if dropout > 0.0 && layers == 1 => Err(PtuningConfig::fault(format!(
-                "encoder_dropout is {dropout}, which acts between the layers of an LSTM, and encoder_num_layers is 1"
-            ))),
+            EncoderType::Lstm if dropout > 0.0 && layers == 1 => {
+                Err(PtuningConfig::fault(format!(
+                    "encoder_dropout is {dropout}, which acts between the layers of an LSTM, and encoder_num_layers is 1"
+                )))
+            }
             _ => Ok(()),
         }
     }

@@ -38,7 +38,10 @@ fn mlps() {
 #[test]
 fn lstms() {
     let lstm = |more: Value| {
-        let mut json = tokens("P_TUNING", json!({"encoder_reparameterization_type": "LSTM"}));
+        let mut json = tokens(
+            "P_TUNING",
+            json!({"encoder_reparameterization_type": "LSTM"}),
+        );
         for (key, value) in more.as_object().into_iter().flatten() {
             json[key] = value.clone();
         }

@@ -79,12 +79,22 @@ fn tokens_stand_in_front(trial: &Trial) -> Verdict {
     }
     let row = ids().narrow(0, 1, 1);
     let alone = tch::no_grad(|| toy.forward(&row, Ctx::EVAL));
-    agree(&with.narrow(0, 1, 1), &alone, EXACT, "a row of a batch against the row alone")?;
+    agree(
+        &with.narrow(0, 1, 1),
+        &alone,
+        EXACT,
+        "a row of a batch against the row alone",
+    )?;
     let (pad, kind) = (row.full_like(3).narrow(1, 0, 2), row.kind());
     let padded = Tensor::cat(&[&pad, &row], 1);
     let mask = Tensor::cat(&[pad.zeros_like(), row.ones_like()], 1).to_kind(kind);
     let seen = tch::no_grad(|| toy.masked(&padded, &mask, Ctx::EVAL)).narrow(1, 2, row.size()[1]);
-    agree(&seen, &alone, EXACT, "a padded row against the row without padding")
+    agree(
+        &seen,
+        &alone,
+        EXACT,
+        "a padded row against the row without padding",
+    )
 }
 
 /// Two that are on give the tokens of the first and then those of the second.

@@ -46,7 +46,7 @@
 //! | the tokens are put into the table of words | base frozen |
 //! | the encoder's input is saved instead of its output | save |
 //! | a part of the encoder is not kept | resumed |
-//! | a resumed encoder begins anew | resumed |
+//! | a resumed encoder is another | resumed |
 //! | what an encoder computed is trained without it | file |
 //! | all adapters share one table | second |
 

@@ -114,7 +114,13 @@ impl Toy {
         if let Some(ahead) = self.prompt.embeds(ctx) {
             let tokens = ahead.size()[0];
             h = Tensor::cat(&[ahead.expand([batch, -1, -1], false), h], 1); // [batch, tokens + seq, hidden]
-            mask = Tensor::cat(&[mask.new_ones([batch, tokens], (Kind::Bool, mask.device())), mask], 1);
+            mask = Tensor::cat(
+                &[
+                    mask.new_ones([batch, tokens], (Kind::Bool, mask.device())),
+                    mask,
+                ],
+                1,
+            );
         }
         let ahead = self.prompt.kv(ctx).unwrap_or_default();
         let h = self.looks[0].forward(&h, &mask, ahead.first());
@@ -218,16 +224,28 @@ impl Look {
         let mut seen = causal.logical_and(&mask.unsqueeze(1)); // [batch, seq, seq]
         if let Some((first_k, first_v)) = ahead {
             let join = |first: &Tensor, t: &Tensor| {
-                Tensor::cat(&[&first.unsqueeze(0).expand([batch, -1, -1, -1], false), t], 2)
+                Tensor::cat(
+                    &[&first.unsqueeze(0).expand([batch, -1, -1, -1], false), t],
+                    2,
+                )
             };
             (k, v) = (join(first_k, &k), join(first_v, &v));
             let n = first_k.size()[1];
-            seen = Tensor::cat(&[seen.new_ones([batch, seq, n], (Kind::Bool, h.device())), seen], 2);
+            seen = Tensor::cat(
+                &[
+                    seen.new_ones([batch, seq, n], (Kind::Bool, h.device())),
+                    seen,
+                ],
+                2,
+            );
         }
         let scores = q.matmul(&k.transpose(2, 3)) / (HEAD as f64).sqrt();
         let scores = scores.masked_fill(&seen.logical_not().unsqueeze(1), -1e9);
         let found = scores.softmax(-1, Kind::Float).matmul(&v); // [batch, heads, seq, head_dim]
-        h + found.transpose(1, 2).reshape([batch, seq, -1]).matmul(&self.o)
+        h + found
+            .transpose(1, 2)
+            .reshape([batch, seq, -1])
+            .matmul(&self.o)
     }
 
     fn tensors(&self) -> [Tensor; 4] {

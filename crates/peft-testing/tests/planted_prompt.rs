@@ -77,7 +77,7 @@ impl Tuner for Planted {
             table = SHARED.with_borrow_mut(|it| it.get_or_insert(table).shallow_clone());
         }
         let saved = injection.start == Start::Saved;
-        let anew = self.has("a resumed encoder begins anew");
+        let another = self.has("a resumed encoder is another");
         let trained = !saved || self.has("what an encoder computed is trained without it");
         slot.attach(
             injection.name,
@@ -87,9 +87,12 @@ impl Tuner for Planted {
                 table: table.set_requires_grad(trained),
                 scale: match saved {
                     true => None,
-                    false => Some((Tensor::rand([row], (Kind::Float, tch::Device::Cpu)) + 1.0).set_requires_grad(true)),
+                    false => Some(
+                        (Tensor::rand([row], (Kind::Float, tch::Device::Cpu)) + 1.0)
+                            .set_requires_grad(true),
+                    ),
                 },
-                unkept: anew && injection.start == Start::Resumed,
+                another: another && injection.start == Start::Resumed,
             }),
         );
         Ok(())
@@ -115,14 +118,14 @@ struct Rows {
     /// None: the rows are what a file holds.
     scale: Option<Tensor>,
     /// Another scale than the file's is at work.
-    unkept: bool,
+    another: bool,
 }
 
 impl Rows {
     fn rows(&self) -> Tensor {
         match &self.scale {
             None => self.table.shallow_clone(),
-            Some(scale) if self.unkept => &self.table * (scale * 1.5),
+            Some(scale) if self.another => &self.table * (scale * 1.5),
             Some(scale) => &self.table * scale,
         }
     }
@@ -140,7 +143,9 @@ impl PromptAdapter for Rows {
         let (heads, dim) = self.heads;
         let slots = rows.view([self.table.size()[0], -1, heads, dim]);
         let slots = slots.permute([1, 2, 0, 3]).unbind(0); // [kv_heads, n, head_dim] each
-        let pairs = slots.chunks(2).map(|it| (it[0].shallow_clone(), it[1].shallow_clone()));
+        let pairs = slots
+            .chunks(2)
+            .map(|it| (it[0].shallow_clone(), it[1].shallow_clone()));
         let layers = match self.config.has("keys and values for one layer of two") {
             true => 1,
             false => 2,
@@ -165,7 +170,10 @@ impl Params for Rows {
         }
     }
     fn saved(&self, visit: Visit<'_>) {
-        match self.config.has("the encoder's input is saved instead of its output") {
+        match self
+            .config
+            .has("the encoder's input is saved instead of its output")
+        {
             true => visit(VirtualTokens::TABLE, &self.table),
             false => visit(VirtualTokens::TABLE, &self.rows()),
         }
@@ -188,11 +196,23 @@ fn every_mistake_is_caught() {
         ("keys and values for one layer of two", true, "ahead"),
         ("the tokens are others at each call", false, "dropout"),
         ("the tokens are others at each call", true, "in front"),
-        ("the tokens are put into the table of words", false, "base frozen"),
-        ("the encoder's input is saved instead of its output", false, "save"),
+        (
+            "the tokens are put into the table of words",
+            false,
+            "base frozen",
+        ),
+        (
+            "the encoder's input is saved instead of its output",
+            false,
+            "save",
+        ),
         ("a part of the encoder is not kept", true, "resumed"),
-        ("a resumed encoder begins anew", false, "resumed"),
-        ("what an encoder computed is trained without it", false, "file"),
+        ("a resumed encoder is another", false, "resumed"),
+        (
+            "what an encoder computed is trained without it",
+            false,
+            "file",
+        ),
         ("all adapters share one table", false, "second"),
     ] {
         let found = broken_prompt::<Planted>(&config(bug, kv));
