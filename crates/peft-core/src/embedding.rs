@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use tch::{Device, Tensor};
+use tch::{Device, Tensor, nn};
 
 use crate::{
     BASE, Ctx, Error, Params, Result,
@@ -150,3 +150,10 @@ impl Embedding {
 }
 
 place!(Embedding);
+
+/// A table of `tch`, frozen. Its padding index only kept a row from being trained, which no row is now.
+impl From<nn::Embedding> for Embedding {
+    fn from(table: nn::Embedding) -> Embedding {
+        Embedding::new(table.ws.detach())
+    }
+}

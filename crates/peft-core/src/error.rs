@@ -92,6 +92,9 @@ pub enum Error {
         /// The reason.
         why: String,
     },
+    /// A convolution whose weight, bias and settings do not go together.
+    #[error("convolution: {0}")]
+    Geometry(String),
     /// A name that is taken, missing or not allowed.
     #[error("adapter `{name}`: {why}")]
     Name {

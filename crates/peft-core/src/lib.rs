@@ -4,12 +4,12 @@
 //! model as it is and put something small at named places in it. So there are
 //! three parties, and each knows only this crate:
 //!
-//! - a **model** owns its places ([`Linear`], [`Embedding`], [`Norm`]) and shows them by
+//! - a **model** owns its places ([`Linear`], [`Embedding`], [`Conv`], [`Norm`]) and shows them by
 //!   the names that Python's `named_modules()` gives them ([`Model::slots`]);
 //! - a **base format** says how the weight of a linear layer is kept and multiplied
 //!   ([`LinearOp`]: dense, quantised, …) and where weights come from ([`Weights`]);
 //! - a **method** is a configuration ([`Tuner`], [`Config`]) that puts an adapter
-//!   ([`LinearAdapter`], [`EmbeddingAdapter`], [`NormAdapter`], [`PromptAdapter`]) on the places it wants.
+//!   ([`LinearAdapter`], [`EmbeddingAdapter`], [`ConvAdapter`], [`NormAdapter`], [`PromptAdapter`]) on the places it wants.
 //!
 //! An adapter sees the layer without itself as [`Beneath`]. That may be dense,
 //! quantised or already adapted, and it cannot tell: hence methods × formats
@@ -30,6 +30,7 @@
 //! `adapter_model.safetensors` holds. [`Registry`] reads the configuration of
 //! any method by its tag.
 
+mod conv;
 mod ctx;
 mod embedding;
 mod error;
@@ -52,6 +53,7 @@ mod thaw;
 mod tuner;
 mod virtual_tokens;
 
+pub use conv::{Axes, BeneathConv, Conv, ConvAdapter, DenseConv, Geometry};
 pub use ctx::Ctx;
 pub use embedding::{BeneathEmbedding, Embedding, EmbeddingAdapter};
 pub use error::{Error, Result, closest, nearest};

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use tch::{Device, Tensor};
+use tch::{Device, Tensor, nn};
 
 use crate::{
     Ctx, Error, Params, Result, Rows,
@@ -14,7 +14,7 @@ use crate::{
     thaw::Leaves,
 };
 
-/// A linear layer in dense form.
+/// A layer in dense form: a linear one, or a convolution with the shape of its weight.
 #[derive(Debug)]
 pub struct Plain {
     /// `[out, in]`
@@ -302,6 +302,14 @@ impl Linear {
 }
 
 place!(Linear);
+
+/// A layer of `tch`, frozen.
+impl From<nn::Linear> for Linear {
+    fn from(layer: nn::Linear) -> Linear {
+        let bias = layer.bs.map(|it| it.detach());
+        Linear::new(Dense::new(layer.ws.detach(), bias))
+    }
+}
 
 fn plain(op: &dyn LinearOp) -> Plain {
     Plain {

@@ -6,8 +6,8 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    Embedding, Error, Injection, Linear, Names, Norm, Outline, Param, PromptSlot, Result, Site,
-    SiteKind, Start, State, Tuner, Visit, nearest, stack::Place, thaw::thaw,
+    Conv, Embedding, Error, Injection, Linear, Names, Norm, Outline, Param, PromptSlot, Result,
+    Site, SiteKind, Start, State, Tuner, Visit, nearest, stack::Place, thaw::thaw,
 };
 
 /// What a method may need to know of a model besides its places.
@@ -49,6 +49,8 @@ pub enum Slot<'a> {
     Linear(&'a mut Linear),
     /// An embedding table.
     Embedding(&'a mut Embedding),
+    /// A convolution over one, two or three axes.
+    Conv(&'a mut Conv),
     /// A norm.
     Norm(&'a mut Norm),
     /// Where virtual tokens go.
@@ -60,12 +62,14 @@ impl Slot<'_> {
         match self {
             Slot::Linear(it) => *it,
             Slot::Embedding(it) => *it,
+            Slot::Conv(it) => *it,
             Slot::Norm(it) => *it,
             Slot::Prompt(it) => *it,
         }
     }
 
     fn site(&mut self, at: &str) -> Site {
+        let mut groups = 1;
         let (kind, shape, bias, transposed) = match self {
             Slot::Linear(it) => {
                 let (base, kind) = (it.base(), SiteKind::Linear);
@@ -78,6 +82,16 @@ impl Slot<'_> {
                 )
             }
             Slot::Embedding(it) => (SiteKind::Embedding, it.weight().size(), false, false),
+            Slot::Conv(it) => {
+                let base = it.base();
+                groups = base.geometry().groups;
+                (
+                    SiteKind::Conv,
+                    base.weight().size(),
+                    base.bias().is_some(),
+                    false,
+                )
+            }
             Slot::Norm(it) => {
                 let affine = it.base();
                 (
@@ -100,6 +114,7 @@ impl Slot<'_> {
             shape,
             bias,
             transposed,
+            groups,
             held,
         }
     }

@@ -10,8 +10,8 @@ use peft_torch::add_row_;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
-    Affine, Beneath, BeneathEmbedding, Ctx, EmbeddingAdapter, LinearAdapter, LinearOp, NormAdapter,
-    Params, Plain, Slot, Visit,
+    Affine, Beneath, BeneathConv, BeneathEmbedding, ConvAdapter, Ctx, DenseConv, EmbeddingAdapter,
+    LinearAdapter, LinearOp, NormAdapter, Params, Plain, Slot, Visit,
 };
 
 const WEIGHT: &str = "weight";
@@ -32,7 +32,7 @@ enum Owner {
     Embedding,
 }
 
-/// A trained copy of a linear layer, an embedding (without a bias) or a norm.
+/// A trained copy of a linear layer, an embedding (without a bias), a convolution or a norm.
 #[derive(Debug)]
 pub struct Saved {
     /// In the layout of the disk.
@@ -55,7 +55,7 @@ impl Saved {
         }
     }
 
-    /// A copy of a table or a norm.
+    /// A copy of a table, a convolution or a norm.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Saved {
         Saved {
             weight: copy(weight),
@@ -112,6 +112,17 @@ impl EmbeddingAdapter for Saved {
     }
 }
 
+impl ConvAdapter for Saved {
+    fn forward(&self, x: &Tensor, beneath: BeneathConv<'_>, _: Ctx) -> Tensor {
+        let geometry = beneath.base().geometry();
+        geometry.apply(x, &self.weight, self.bias.as_ref())
+    }
+
+    fn merge(&self, _: Plain, _: &DenseConv) -> Option<Plain> {
+        Some(self.plain())
+    }
+}
+
 impl NormAdapter for Saved {
     fn affine(&self, _: Affine) -> Affine {
         let Plain { weight, bias } = self.plain();
@@ -136,7 +147,7 @@ impl Params for Saved {
     }
 }
 
-/// A trained bias of a linear layer or a norm.
+/// A trained bias of a linear layer, a convolution or a norm.
 #[derive(Debug)]
 pub struct Shift {
     /// b of the base `[out]`; `None`: the layer has no bias.
@@ -197,6 +208,21 @@ impl LinearAdapter for Shift {
     }
 }
 
+impl ConvAdapter for Shift {
+    fn forward(&self, x: &Tensor, beneath: BeneathConv<'_>, _: Ctx) -> Tensor {
+        let mut by_channel = vec![-1];
+        by_channel.resize(beneath.base().weight().dim() - 1, 1);
+        beneath.forward(x) + (&self.bias - &self.base).view(by_channel.as_slice())
+    }
+
+    fn merge(&self, plain: Plain, _: &DenseConv) -> Option<Plain> {
+        Some(Plain {
+            weight: plain.weight,
+            bias: self.moved(plain.bias),
+        })
+    }
+}
+
 impl NormAdapter for Shift {
     fn affine(&self, beneath: Affine) -> Affine {
         let kind = beneath.weight.kind();
@@ -242,6 +268,10 @@ pub fn save_whole(name: &str, slot: Slot<'_>) -> bool {
         }
         Slot::Embedding(it) => {
             let saved = Saved::new(it.weight(), None);
+            it.attach(name, Box::new(saved));
+        }
+        Slot::Conv(it) => {
+            let saved = Saved::new(it.base().weight(), it.base().bias());
             it.attach(name, Box::new(saved));
         }
         Slot::Norm(it) => {

@@ -299,7 +299,7 @@ fn copies_base(tuner: &dyn Tuner, model: &mut dyn Model, key: &str, tensor: &Ten
             let base = match slot {
                 Slot::Embedding(it) => it.weight().shallow_clone(),
                 Slot::Linear(it) => it.base().weight(),
-                Slot::Norm(_) | Slot::Prompt(_) => return,
+                Slot::Conv(_) | Slot::Norm(_) | Slot::Prompt(_) => return,
             };
             same = base.size() == tensor.size() && base.equal(&tensor.to_kind(base.kind()));
         }

@@ -56,6 +56,7 @@ pub(crate) fn thaw<M: Model + ?Sized>(model: &mut M, which: Option<&Names>) -> R
         match slot {
             Slot::Linear(it) => it.thaw(&mut leaves),
             Slot::Embedding(it) => it.thaw(&mut leaves),
+            Slot::Conv(it) => it.thaw(&mut leaves),
             Slot::Norm(it) => it.thaw(&mut leaves),
             Slot::Prompt(_) => {}
         }

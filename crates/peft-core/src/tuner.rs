@@ -17,6 +17,8 @@ pub enum SiteKind {
     Linear,
     /// [`Slot::Embedding`]
     Embedding,
+    /// [`Slot::Conv`]
+    Conv,
     /// [`Slot::Norm`]
     Norm,
     /// [`Slot::Prompt`]
@@ -41,12 +43,14 @@ pub struct Site {
     pub at: String,
     /// What it is.
     pub kind: SiteKind,
-    /// Linear: `[out, in]`; embedding: `[vocab, hidden]`; norm: `[hidden]`; virtual tokens: the input embedding's.
+    /// Linear: `[out, in]`; embedding: `[vocab, hidden]`; convolution: `[out, in / groups, kernel…]`; norm: `[hidden]`; virtual tokens: the input embedding's.
     pub shape: Vec<i64>,
     /// It has a bias.
     pub bias: bool,
     /// Its weight is kept `[in, out]`, in memory and on disk.
     pub transposed: bool,
+    /// Groups of channels of a convolution; 1 elsewhere.
+    pub groups: i64,
     /// What adapters here own already, by name on disk below the place.
     pub held: Vec<String>,
 }

@@ -261,7 +261,7 @@ impl<'de> Deserialize<'de> for Init {
 }
 
 /// Whole numbers as Python's integers.
-fn number<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn number<S: Serializer>(value: &f64, to: S) -> Result<S::Ok, S::Error> {
     match value.fract() == 0.0 && value.abs() < 1e15 {
         true => to.serialize_i64(*value as i64),
         false => to.serialize_f64(*value),

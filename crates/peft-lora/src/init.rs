@@ -17,7 +17,7 @@
 use peft_core::Result;
 use tch::{Device, Kind, Tensor};
 
-use crate::config::Init;
+use crate::config::{Init, LoraConfig};
 
 /// A `[r, in]` and B `[out, r]` for a linear layer with this weight, in fp32; `weight` is asked only where the
 /// initialisation wants it.
@@ -77,6 +77,42 @@ pub(crate) fn embedding(
         _ => Tensor::f_zeros([r, vocab], on)?,
     };
     Ok((a, b))
+}
+
+/// A `[r, in, kernel…]` and B `[out, r / groups, 1…]` for a convolution with a weight of this `size` `[out, in / groups, kernel…]`.
+///
+/// Bounds are over all that one output sums up. What takes directions of a matrix does not go on a convolution, as in Python.
+pub(crate) fn conv(
+    init: Init,
+    size: &[i64],
+    groups: i64,
+    r: i64,
+    device: Device,
+) -> Result<(Tensor, Tensor)> {
+    let on = (Kind::Float, device);
+    let mut of_a = size.to_vec();
+    (of_a[0], of_a[1]) = (r, size[1] * groups);
+    let mut of_b = vec![1; size.len()];
+    (of_b[0], of_b[1]) = (size[0], r / groups);
+    let uniform = |shape: &[i64]| -> Result<Tensor> {
+        let summed: i64 = shape[1..].iter().product();
+        let bound = 1.0 / (summed.max(1) as f64).sqrt();
+        Ok(Tensor::f_empty(shape, on)?.f_uniform_(-bound, bound)?)
+    };
+    let zeros = |shape: &[i64]| Tensor::f_zeros(shape, on);
+    Ok(match init {
+        Init::Kaiming => (uniform(&of_a)?, zeros(&of_b)?),
+        Init::Random => (uniform(&of_a)?, uniform(&of_b)?),
+        Init::Gaussian => {
+            let a = Tensor::f_empty(of_a.as_slice(), on)?.f_normal_(0.0, 1.0 / r as f64)?;
+            (a, zeros(&of_b)?)
+        }
+        Init::Orthogonal | Init::Pissa | Init::PissaFast(_) | Init::Olora => {
+            return Err(LoraConfig::fault(
+                "init_lora_weights of a convolution is true, false or `gaussian`",
+            ));
+        }
+    })
 }
 
 /// The r largest directions, each factor with a root of the singular values over the scale.

@@ -1,4 +1,4 @@
-//! LoRA and its relatives on linear and embedding layers.
+//! LoRA and its relatives on linear layers, embeddings and convolutions.
 //!
 //! ```text
 //! y = W x + b + s·B(A x)        A [r, in]   B [out, r]   s = α/r
@@ -19,10 +19,13 @@
 //! | plain, `use_rslora`, `lora_bias`, `lora_dropout` | 2106.09685, 2312.03732 | `lora.rs`, `in_place.rs` |
 //! | `use_dora` | magnitude and direction, 2402.09353 | `dora.rs` |
 //! | embeddings as targets | factors that are looked up | `embedding.rs` |
+//! | convolutions as targets | over one, two or three axes | `conv.rs` |
 //! | `init_lora_weights` | PiSSA 2404.02948, OLoRA 2406.01775, … | `init.rs`, `factors.rs` |
 //! | `modules_to_save`, `bias` | parts of the base, trained whole | `saved.rs` of `peft-core` |
 //! | `trainable_token_indices` | rows of the embedding | `tokens.rs` |
 //! | `target_modules` and all that selects | Python's matching | `selection.rs` of `peft-core`, `plan.rs`, `tables.rs` |
+//!
+//! [`MergedLora`] is LoRA on parts of a merged projection (`loralib`'s `MergedLinear`), which Python's `peft` has not.
 //!
 //! # Where this differs from Python
 //!
@@ -36,9 +39,15 @@
 //!   does nothing, as in Python.
 //! - An adapter over an embedding or head is saved without the copy of the base's own weight that Python adds
 //!   (`base_layer.weight`); Python loads it so, and we load files with the copy.
+//! - A of a dilated convolution is dilated as its base is; Python's is not, and fails or disagrees with its own merged
+//!   weight. DoRA on a convolution with groups is refused: the norm that Python takes there is of no weight.
 //! - A setting that matches nothing, a token that does not exist, a pattern without a layer: errors, not warnings.
 //!
 //! # Your own network
+//!
+//! A network needs [`Model`](peft_core::Model): names for its places. A layer of `tch` becomes a place with `into`
+//! ([`Linear`](peft_core::Linear), [`Embedding`](peft_core::Embedding)) or [`Conv::of`](peft_core::Conv::of). The folder
+//! `examples` has whole programs: `mlp`, `convnet` and `fused_attention`.
 //!
 //! ```
 //! use peft_core::*;
@@ -68,10 +77,37 @@
 //! # assert!(mlp.trainable("default").iter().all(|it| it.tensor.grad().defined()));
 //! # Ok::<(), Error>(())
 //! ```
+//!
+//! The same on a convolution; its LoRA merges into a weight of the same shape:
+//!
+//! ```
+//! # use peft_core::*;
+//! # use peft_lora::LoraConfig;
+//! # use tch::{Device, Kind, Tensor, nn};
+//! struct Edges(Conv);
+//!
+//! impl Model for Edges {
+//!     fn spec(&self) -> Spec { Spec::default() }
+//!     fn slots(&mut self, visit: &mut dyn FnMut(&str, Slot<'_>)) {
+//!         visit("conv", Slot::Conv(&mut self.0));
+//!     }
+//! }
+//!
+//! let (vs, config) = (nn::VarStore::new(Device::Cpu), nn::ConvConfig { stride: 2, ..Default::default() });
+//! let mut edges = Edges(Conv::of(nn::conv2d(vs.root(), 3, 8, 5, config), &config)?);
+//! edges.inject("default", &LoraConfig { r: 2, ..LoraConfig::on(["conv"]) })?;
+//! # for it in edges.params("default") { let mut t = it.tensor; tch::no_grad(|| t += 0.1); }
+//! let x = Tensor::randn([1, 3, 20, 20], (Kind::Float, Device::Cpu));
+//! let y = edges.0.forward(&x, Ctx::EVAL); // [1, 8, 8, 8]
+//! edges.merge_and_unload()?;
+//! assert!(edges.0.forward(&x, Ctx::EVAL).allclose(&y, 1e-4, 1e-4, false));
+//! # Ok::<(), Error>(())
+//! ```
 
 mod combine;
 mod config;
 mod convert;
+mod conv;
 mod dora;
 mod embedding;
 mod factors;
@@ -80,6 +116,7 @@ mod in_place;
 mod init;
 mod lora;
 mod low_rank;
+mod merged;
 mod plan;
 mod tables;
 pub mod task_vectors;
@@ -90,5 +127,6 @@ pub use combine::{Combination, CombinationType, Rules, combine};
 pub use config::{Bias, Init, LoraConfig, Tokens};
 pub use convert::{Converted, ConvertedLayer, Rank, to_lora};
 pub use hotswap::hotswap;
+pub use merged::MergedLora;
 pub use peft_core::Layers;
 pub use tables::default_targets;

@@ -73,7 +73,7 @@ pub(crate) fn dropped(x: &Tensor, p: f64, ctx: Ctx) -> Tensor {
 }
 
 /// The layer's bias with B's in it. Python refuses where the layer has none; here it gets one.
-fn merged_bias(
+pub(crate) fn merged_bias(
     base: Option<Tensor>,
     of_b: Option<&Tensor>,
     scale: f64,

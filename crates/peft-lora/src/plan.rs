@@ -236,6 +236,9 @@ impl LoraConfig {
             return Err(LoraConfig::fault(reason));
         }
         let (r, _) = self.rank_and_scale(at)?;
+        if site.kind == SiteKind::Conv {
+            return self.check_conv(site, r);
+        }
         let limit = site.shape.iter().copied().min().unwrap_or(0);
         let of_base = matches!(
             self.init_lora_weights,
@@ -250,12 +253,34 @@ impl LoraConfig {
         Ok(())
     }
 
+    fn check_conv(&self, site: &Site, r: i64) -> Result<()> {
+        let (at, groups) = (&site.at, site.groups);
+        let init = self.init_lora_weights;
+        if !matches!(init, Init::Kaiming | Init::Random | Init::Gaussian) {
+            let init = serde_json::to_value(init).unwrap_or_default();
+            return Err(LoraConfig::fault(format!(
+                "init_lora_weights {init} does not go with a convolution such as `{at}`; true, false and `gaussian` do"
+            )));
+        }
+        if r % groups != 0 {
+            return Err(LoraConfig::fault(format!(
+                "rank {r} at `{at}` is no multiple of the {groups} groups of this convolution; rank_pattern can give it another"
+            )));
+        }
+        if self.use_dora && groups > 1 {
+            return Err(LoraConfig::fault(format!(
+                "use_dora does not go with the {groups} groups of the convolution `{at}`: its update has no norm as a weight"
+            )));
+        }
+        Ok(())
+    }
+
     fn check_targets(&self, outline: &Outline) -> Result<()> {
         let selection = self.selection();
         for site in &outline.sites {
             let norm = site.kind == SiteKind::Norm && !selection.saves(&site.at);
             if norm && selection.targets(&site.at)? {
-                let reason = "is a norm; LoRA goes on linear layers and embeddings, norms into modules_to_save";
+                let reason = "is a norm; LoRA goes on linear layers, convolutions and embeddings, norms into modules_to_save";
                 return Err(LoraConfig::fault(format!(
                     "target_modules names `{}`, which {reason}",
                     site.at
@@ -296,8 +321,8 @@ impl LoraConfig {
                     "trainable_token_indices at `{at}`: {why}"
                 )))
             };
-            if site.kind == SiteKind::Norm {
-                return fault("it is a norm and has no rows".to_owned());
+            if !matches!(site.kind, SiteKind::Linear | SiteKind::Embedding) {
+                return fault("it is no table and has no rows".to_owned());
             }
             let vocab = site.shape[0];
             if let Some(row) = rows.iter().find(|row| !(0..vocab).contains(*row)) {
@@ -348,5 +373,8 @@ impl LoraConfig {
 
 /// Whether LoRA can go on a place.
 fn fits(site: &Site) -> bool {
-    matches!(site.kind, SiteKind::Linear | SiteKind::Embedding)
+    matches!(
+        site.kind,
+        SiteKind::Linear | SiteKind::Embedding | SiteKind::Conv
+    )
 }

@@ -1,14 +1,15 @@
 //! The configuration at work: it decides for each place, then puts adapters there.
 
 use peft_core::{
-    Config, Embedding, Injection, Linear, LinearOp, Norm, Outline, Result, Saved, Shift, Site,
-    Slot, State, Tuner,
+    Config, Conv, Embedding, Injection, Linear, Norm, Outline, Result, Saved, Shift, Site, Slot,
+    State, Tuner,
 };
 use serde_json::Value;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{
     config::{Init, LoraConfig},
+    conv::ConvLora,
     dora::Dora,
     embedding::EmbeddingLora,
     factors::{Factors, leaf},
@@ -56,6 +57,7 @@ impl Tuner for LoraConfig {
         match slot {
             Slot::Linear(linear) => work.linear(linear, &mut injection.shared),
             Slot::Embedding(table) => work.embedding(table, &mut injection.shared),
+            Slot::Conv(conv) => work.conv(conv),
             Slot::Norm(norm) => {
                 work.norm(norm);
                 Ok(())
@@ -165,7 +167,7 @@ impl Attach<'_> {
             linear.attach(self.name, Box::new(dora));
         } else {
             let lora = Lora {
-                bias: config.lora_bias.then(|| bias_of_b(how, base, r)),
+                bias: config.lora_bias.then(|| bias_of_b(how, shape.0, r, device)),
                 dropout: config.lora_dropout,
                 factors,
             };
@@ -209,6 +211,38 @@ impl Attach<'_> {
         Ok(())
     }
 
+    fn conv(self, conv: &mut Conv) -> Result<()> {
+        if self.share.save.is_some() {
+            let saved = Saved::new(conv.base().weight(), conv.base().bias());
+            conv.attach(self.name, Box::new(saved));
+            return Ok(());
+        }
+        if let Some(bias) = conv.base().bias().filter(|_| self.share.bias) {
+            let shift = Shift::new(bias, self.share.lora.is_some());
+            conv.attach(self.name, Box::new(shift));
+        }
+        if self.share.lora.is_some() {
+            let (config, base) = (self.config, conv.base());
+            let (r, scale) = config.rank_and_scale(self.at)?;
+            let (how, size, device) = (
+                config.init_lora_weights,
+                base.weight().size(),
+                base.device(),
+            );
+            let groups = base.geometry().groups;
+            let (a, b) = init::conv(how, &size, groups, r, device)?;
+            let mut adapter = ConvLora::new(&a, &b, scale, config.lora_dropout);
+            if config.lora_bias {
+                adapter = adapter.with_bias(&bias_of_b(how, size[0], r / groups, device));
+            }
+            if config.use_dora {
+                adapter = adapter.dora(base);
+            }
+            conv.attach(self.name, Box::new(adapter));
+        }
+        Ok(())
+    }
+
     fn norm(self, norm: &mut Norm) {
         let base = norm.base();
         if self.share.save.is_some() {
@@ -221,9 +255,9 @@ impl Attach<'_> {
     }
 }
 
-/// The bias of B `[out]`: zero, or as a fresh linear layer from r to out has it.
-fn bias_of_b(how: Init, base: &dyn LinearOp, r: i64) -> Tensor {
-    let zero = Tensor::zeros([base.shape().0], (Kind::Float, base.device()));
+/// The bias of B `[out]`: zero, or as a fresh layer that sums up r numbers has it.
+fn bias_of_b(how: Init, out: i64, r: i64, device: Device) -> Tensor {
+    let zero = Tensor::zeros([out], (Kind::Float, device));
     let bound = 1.0 / (r as f64).sqrt();
     leaf(&match how {
         Init::Random => zero.uniform(-bound, bound),

@@ -154,7 +154,10 @@ impl Function for TrainedHeadLoss {
             return Ok(vec![None, None]);
         };
         let scaled = |t: &Tensor| t * g.to_kind(t.kind());
-        Ok(vec![self.0.as_ref().map(scaled), self.1.as_ref().map(scaled)])
+        Ok(vec![
+            self.0.as_ref().map(scaled),
+            self.1.as_ref().map(scaled),
+        ])
     }
 }
 

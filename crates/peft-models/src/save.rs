@@ -119,6 +119,14 @@ fn state(model: &mut dyn Network) -> (Vec<(String, Tensor)>, bool) {
             };
             all.push((format!("{at}.weight"), kept));
         }
+        Slot::Conv(it) => {
+            let base = it.base();
+            all.push((format!("{at}.weight"), base.weight().shallow_clone()));
+            all.extend(
+                base.bias()
+                    .map(|b| (format!("{at}.bias"), b.shallow_clone())),
+            );
+        }
         Slot::Norm(it) => {
             let affine = it.base();
             all.push((format!("{at}.weight"), affine.weight.shallow_clone()));

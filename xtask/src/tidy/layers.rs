@@ -183,7 +183,7 @@ const MODELS: [&str; 6] = ["gpt2", "llama", "mistral", "qwen", "gemma", "bert"];
 
 impl Package {
     /// A finding at the line of the manifest that starts with `key`.
-    fn finding(&self, key: &str, message: String) -> Finding {
+    pub(super) fn finding(&self, key: &str, message: String) -> Finding {
         let text = std::fs::read_to_string(&self.manifest_path).unwrap_or_default();
         let line = words(&text, key).next().map_or(1, |at| line_of(&text, at));
         let path = self

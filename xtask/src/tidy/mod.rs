@@ -5,6 +5,7 @@
 //! an editor can jump to it. `--fix` rewrites the generated parts of the README and nothing else.
 
 pub(crate) mod layers;
+mod lean;
 mod source;
 mod text;
 
@@ -65,6 +66,7 @@ pub(crate) fn tidy(args: &Args) -> Result<()> {
     findings.extend(text::sizes(&repo));
     findings.extend(text::origins(&repo));
     findings.extend(layers::check(&repo)?);
+    findings.extend(lean::check()?);
     findings.extend(readme::check()?);
     findings.sort_by(|a, b| (&a.path, a.line).cmp(&(&b.path, b.line)));
     for Finding {

@@ -95,6 +95,10 @@ fn round(model: &mut dyn Decoder, kind: Kind) -> Result<()> {
                 it.base().bias().map(Tensor::shallow_clone),
             ],
             Slot::Embedding(it) => [Some(it.weight().shallow_clone()), None],
+            Slot::Conv(it) => [
+                Some(it.base().weight().shallow_clone()),
+                it.base().bias().map(Tensor::shallow_clone),
+            ],
             Slot::Norm(it) => {
                 let affine = it.base();
                 [
