@@ -116,7 +116,11 @@ impl AdaLoraConfig {
     /// What the update is scaled by, whatever ranks are left.
     pub fn scale(&self) -> f64 {
         let ranks = self.init_r as f64;
-        let alpha = if self.lora_alpha > 0.0 { self.lora_alpha } else { ranks };
+        let alpha = if self.lora_alpha > 0.0 {
+            self.lora_alpha
+        } else {
+            ranks
+        };
         alpha / (ranks + 1e-5)
     }
 
@@ -164,16 +168,25 @@ impl Config for AdaLoraConfig {
             format!("init_r is {} and not in 1..=65536", self.init_r)
         })?;
         must((0..=self.init_r).contains(&self.target_r), &|| {
-            format!("target_r is {} and not in 0..={}, which init_r is", self.target_r, self.init_r)
+            format!(
+                "target_r is {} and not in 0..={}, which init_r is",
+                self.target_r, self.init_r
+            )
         })?;
         for (key, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
             must(beta > 0.0 && beta < 1.0, &|| {
                 format!("{key} is {beta} and not between 0 and 1")
             })?;
         }
-        must(self.orth_reg_weight >= 0.0 && self.orth_reg_weight.is_finite(), &|| {
-            format!("orth_reg_weight is {} and not 0 or more", self.orth_reg_weight)
-        })?;
+        must(
+            self.orth_reg_weight >= 0.0 && self.orth_reg_weight.is_finite(),
+            &|| {
+                format!(
+                    "orth_reg_weight is {} and not 0 or more",
+                    self.orth_reg_weight
+                )
+            },
+        )?;
         must((0.0..1.0).contains(&self.lora_dropout), &|| {
             format!("lora_dropout is {} and not in 0..1", self.lora_dropout)
         })?;
@@ -184,13 +197,20 @@ impl Config for AdaLoraConfig {
         must(total > 0, &|| {
             "total_step must be given: the number of steps of the run, over which ranks are taken away".to_owned()
         })?;
-        must(self.tinit >= 0 && self.tfinal >= 0 && self.delta_t > 0, &|| {
-            let (a, b, c) = (self.tinit, self.tfinal, self.delta_t);
-            format!("tinit is {a}, tfinal {b}, deltaT {c}: the first two are 0 or more, the last 1 or more")
-        })?;
+        must(
+            self.tinit >= 0 && self.tfinal >= 0 && self.delta_t > 0,
+            &|| {
+                let (a, b, c) = (self.tinit, self.tfinal, self.delta_t);
+                format!(
+                    "tinit is {a}, tfinal {b}, deltaT {c}: the first two are 0 or more, the last 1 or more"
+                )
+            },
+        )?;
         must(self.tinit < total - self.tfinal, &|| {
             let (tinit, tfinal) = (self.tinit, self.tfinal);
-            format!("tinit {tinit} and tfinal {tfinal} leave none of {total} steps (total_step) in which ranks are taken away")
+            format!(
+                "tinit {tinit} and tfinal {tfinal} leave none of {total} steps (total_step) in which ranks are taken away"
+            )
         })?;
         self.check_pattern()?;
         self.selection().check(AdaLoraConfig::PEFT_TYPE)

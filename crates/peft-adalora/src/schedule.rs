@@ -57,7 +57,12 @@ impl Allocator {
 
     /// How many triplets are left after step `t`, of `first` in `layers`; and whether a mask is due.
     pub fn budget(&self, t: i64, first: i64, layers: i64) -> (i64, bool) {
-        let AdaLoraConfig { tinit, delta_t, target_r, .. } = self.config;
+        let AdaLoraConfig {
+            tinit,
+            delta_t,
+            target_r,
+            ..
+        } = self.config;
         let (last, end) = (self.last(), target_r * layers);
         if t <= tinit {
             return (first, false);
@@ -83,17 +88,26 @@ impl Allocator {
                 continue; // a layer without ranks
             }
             let now = (param.tensor.detach() * grad).abs();
-            let mean = self.sensitivity.entry(key(param)).or_insert_with(|| now.zeros_like());
+            let mean = self
+                .sensitivity
+                .entry(key(param))
+                .or_insert_with(|| now.zeros_like());
             *mean = &*mean * b1 + &now * (1.0 - b1);
             let off = (now - &*mean).abs();
-            let unsure = self.uncertainty.entry(key(param)).or_insert_with(|| off.zeros_like());
+            let unsure = self
+                .uncertainty
+                .entry(key(param))
+                .or_insert_with(|| off.zeros_like());
             *unsure = &*unsure * b2 + off * (1.0 - b2);
         }
     }
 
     /// s of a tensor; zero where nothing was observed of it.
     fn score(&self, param: &Param) -> Tensor {
-        match (self.sensitivity.get(&key(param)), self.uncertainty.get(&key(param))) {
+        match (
+            self.sensitivity.get(&key(param)),
+            self.uncertainty.get(&key(param)),
+        ) {
             (Some(mean), Some(unsure)) => mean * unsure,
             _ => param.tensor.zeros_like(),
         }
@@ -118,7 +132,10 @@ impl Allocator {
         let scores: Vec<Tensor> = layers.iter().map(|layer| self.triplets(layer)).collect();
         let fewer = first - budget;
         let threshold = match fewer > 0 {
-            true => Tensor::cat(&scores, 0).kthvalue(fewer, 0, false).0.double_value(&[]),
+            true => Tensor::cat(&scores, 0)
+                .kthvalue(fewer, 0, false)
+                .0
+                .double_value(&[]),
             false => f64::NEG_INFINITY,
         };
         for (layer, score) in layers.iter().zip(scores) {
@@ -133,7 +150,10 @@ impl Allocator {
 impl Schedule for Allocator {
     fn penalty(&self, params: &[Param]) -> Option<Tensor> {
         let mut terms = Vec::new();
-        for param in params.iter().filter(|it| self.config.orth_reg_weight > 0.0 && is_factor(it)) {
+        for param in params
+            .iter()
+            .filter(|it| self.config.orth_reg_weight > 0.0 && is_factor(it))
+        {
             let t = &param.tensor;
             let product = match param.name.as_str() {
                 A => t.matmul(&t.tr()),

@@ -40,12 +40,21 @@ pub(crate) struct Size {
 impl Triplets {
     /// As Python begins: `small`, so that the update is zero, or all normal.
     pub(crate) fn new(size: Size, small: bool, scale: f64, dropout: f64) -> Triplets {
-        let Size { ranks, out, inp, device } = size;
+        let Size {
+            ranks,
+            out,
+            inp,
+            device,
+        } = size;
         let normal = |shape: [i64; 2]| {
             let it = Tensor::randn(shape, (Kind::Float, device));
             if small { it * 0.02 } else { it }
         };
-        let (a, e, b) = (normal([ranks, inp]), normal([ranks, 1]), normal([out, ranks]));
+        let (a, e, b) = (
+            normal([ranks, inp]),
+            normal([ranks, 1]),
+            normal([out, ranks]),
+        );
         let e = if small { e.zeros_like() } else { e };
         Triplets {
             a: a.set_requires_grad(true),
@@ -59,7 +68,10 @@ impl Triplets {
 
     /// Which ranks a file has: those that are not both masked and zero. `[kept]`
     fn kept(&self) -> Tensor {
-        let gone = self.mask.eq(0.0).logical_and(&self.e.detach().view([-1]).eq(0.0));
+        let gone = self
+            .mask
+            .eq(0.0)
+            .logical_and(&self.e.detach().view([-1]).eq(0.0));
         gone.logical_not().nonzero().view([-1])
     }
 }

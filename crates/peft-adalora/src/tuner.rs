@@ -71,8 +71,18 @@ impl Tuner for AdaLoraConfig {
                 Start::Fresh => self.init_r,
                 Start::Saved | Start::Resumed => self.ranks_left(at),
             };
-            let size = Size { ranks, out, inp, device };
-            let triplets = Triplets::new(size, self.init_lora_weights, self.scale(), self.lora_dropout);
+            let size = Size {
+                ranks,
+                out,
+                inp,
+                device,
+            };
+            let triplets = Triplets::new(
+                size,
+                self.init_lora_weights,
+                self.scale(),
+                self.lora_dropout,
+            );
             layer.attach(name, Box::new(triplets));
         }
         Ok(())
@@ -94,7 +104,10 @@ impl Tuner for AdaLoraConfig {
         for mask in masks {
             let e = params.iter().find(|it| it.at == mask.at && it.name == E)?;
             masked |= mask.tensor.ge(0.0).any().int64_value(&[]) != 0;
-            let gone = mask.tensor.eq(0.0).logical_and(&e.tensor.view([-1]).eq(0.0));
+            let gone = mask
+                .tensor
+                .eq(0.0)
+                .logical_and(&e.tensor.view([-1]).eq(0.0));
             let left = Vec::<bool>::try_from(gone.logical_not()).ok()?;
             let key = format!("{}.{E}", mask.at);
             let whole = self.rank_pattern.as_ref().and_then(|it| it.get(&key));
@@ -134,7 +147,9 @@ impl AdaLoraConfig {
     fn ranks_left(&self, at: &str) -> i64 {
         let pattern = self.rank_pattern.as_ref();
         let kept = pattern.and_then(|it| it.get(&format!("{at}.{E}")));
-        kept.map_or(self.init_r, |kept| kept.iter().filter(|it| **it).count() as i64)
+        kept.map_or(self.init_r, |kept| {
+            kept.iter().filter(|it| **it).count() as i64
+        })
     }
 
     /// `left` of the ranks that `whole` has left, as a choice among all that there were at first.
@@ -154,7 +169,10 @@ impl AdaLoraConfig {
         let Some(pattern) = &self.rank_pattern else {
             return Ok(());
         };
-        let known: Vec<String> = targets.iter().map(|site| format!("{}.{E}", site.at)).collect();
+        let known: Vec<String> = targets
+            .iter()
+            .map(|site| format!("{}.{E}", site.at))
+            .collect();
         match pattern.keys().find(|key| !known.contains(key)) {
             None => Ok(()),
             Some(key) => Err(AdaLoraConfig::fault(format!(

@@ -24,7 +24,9 @@ fn plain() {
         adalora(json!({"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 4})),
         adalora(json!({"lora_dropout": 0.4, "tinit": 2, "tfinal": 3, "deltaT": 2})),
         adalora(json!({"exclude_modules": ["o_proj"], "fan_in_fan_out": true})),
-        adalora(json!({"layers_to_transform": [1], "layers_pattern": "blocks", "orth_reg_weight": 0.0})),
+        adalora(
+            json!({"layers_to_transform": [1], "layers_pattern": "blocks", "orth_reg_weight": 0.0}),
+        ),
     ]);
 }
 

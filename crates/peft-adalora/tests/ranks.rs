@@ -57,7 +57,11 @@ fn numbers(t: &Tensor) -> Vec<Vec<f64>> {
 }
 
 fn of<'a>(params: &'a [Param], at: &str, name: &str) -> &'a Tensor {
-    &params.iter().find(|it| it.at == at && it.name == name).unwrap().tensor
+    &params
+        .iter()
+        .find(|it| it.at == at && it.name == name)
+        .unwrap()
+        .tensor
 }
 
 const LAYERS: [&str; 3] = ["blocks.0.q_proj", "blocks.1.v_proj", "blocks.1.o_proj"];
@@ -75,7 +79,10 @@ impl Loops {
             let key = format!("{}.{}", it.at, it.name);
             let (w, g) = (numbers(&it.tensor), numbers(&it.tensor.grad()));
             let zeros = vec![vec![0.0; w[0].len()]; w.len()];
-            let mean = self.mean.entry(key.clone()).or_insert_with(|| zeros.clone());
+            let mean = self
+                .mean
+                .entry(key.clone())
+                .or_insert_with(|| zeros.clone());
             let unsure = self.unsure.entry(key).or_insert(zeros);
             for i in 0..w.len() {
                 for j in 0..w[0].len() {
@@ -134,7 +141,11 @@ fn the_ranks_that_go_are_those_that_matter_least() {
         }
         let masked = budgets.iter().any(|(at, _)| *at == number) || number > 9;
         for (layer, at) in LAYERS.iter().enumerate() {
-            for (i, e) in numbers(of(&params, at, "lora_E")).concat().into_iter().enumerate() {
+            for (i, e) in numbers(of(&params, at, "lora_E"))
+                .concat()
+                .into_iter()
+                .enumerate()
+            {
                 let gone = masked && !left.as_ref().unwrap().contains(&(layer, i));
                 assert_eq!(e == 0.0, gone, "step {number}, {at}, rank {i}: {e}");
             }
@@ -147,8 +158,12 @@ fn the_ranks_that_go_are_those_that_matter_least() {
 fn unmasked(params: &[Param], before: &[Vec<f64>]) -> Vec<Param> {
     let fix = |it: &Param| {
         let mut it = it.clone();
-        if let (Some(layer), "lora_E") = (LAYERS.iter().position(|at| *at == it.at), it.name.as_str()) {
-            let was = Tensor::from_slice(&before[layer]).view([-1, 1]).to_kind(Kind::Float);
+        if let (Some(layer), "lora_E") =
+            (LAYERS.iter().position(|at| *at == it.at), it.name.as_str())
+        {
+            let was = Tensor::from_slice(&before[layer])
+                .view([-1, 1])
+                .to_kind(Kind::Float);
             let grad = it.tensor.grad();
             let value = (was - &grad * 0.05).set_requires_grad(true);
             (&value * &grad).sum(Kind::Float).backward();
@@ -161,9 +176,19 @@ fn unmasked(params: &[Param], before: &[Vec<f64>]) -> Vec<Param> {
 
 #[test]
 fn the_budget_is_pythons() {
-    let allocator = Allocator::new(&config(json!({"total_step": 100, "tinit": 10, "tfinal": 20, "deltaT": 7})));
+    let allocator = Allocator::new(&config(
+        json!({"total_step": 100, "tinit": 10, "tfinal": 20, "deltaT": 7}),
+    ));
     // (init − target) · (1 − (t − 10)/70)³ + target, cut off, of 9 at first and 3 at last
-    for (t, budget, due) in [(0, 9, false), (10, 9, false), (11, 8, false), (14, 8, true), (45, 3, false), (80, 3, false), (81, 3, true)] {
+    for (t, budget, due) in [
+        (0, 9, false),
+        (10, 9, false),
+        (11, 8, false),
+        (14, 8, true),
+        (45, 3, false),
+        (80, 3, false),
+        (81, 3, true),
+    ] {
         assert_eq!(allocator.budget(t, 9, 3), (budget, due), "step {t}");
     }
 }
@@ -206,7 +231,9 @@ fn a_file_has_the_ranks_that_are_left() {
         let left: usize = LAYERS
             .iter()
             .map(|at| {
-                let kept = json["rank_pattern"][format!("{at}.lora_E")].as_array().unwrap();
+                let kept = json["rank_pattern"][format!("{at}.lora_E")]
+                    .as_array()
+                    .unwrap();
                 assert_eq!(kept.len(), 3);
                 let left = kept.iter().filter(|it| **it == json!(true)).count();
                 let key = |name: &str| format!("base_model.model.{at}.{name}");
@@ -227,7 +254,12 @@ fn a_file_has_the_ranks_that_are_left() {
         close(&out(&fresh), &out(&model), 1e-6, "loaded");
         let twice = Adapter::of("again", &*loaded.tuner, &mut fresh).unwrap();
         assert_eq!(twice.tuner.to_json()["rank_pattern"], json["rank_pattern"]);
-        assert!(twice.state.iter().all(|(key, t)| same_bits(t, &adapter.state[key])));
+        assert!(
+            twice
+                .state
+                .iter()
+                .all(|(key, t)| same_bits(t, &adapter.state[key]))
+        );
         fresh.merge().unwrap();
         close(&out(&fresh), &out(&model), 1e-5, "merged");
     }
@@ -273,10 +305,23 @@ fn it_goes_on_from_what_it_remembers() {
         }
         step(&mut parts, &mut *first, number);
     }
-    let pairs = whole.params("default").into_iter().zip(parts.params("default"));
-    assert!(pairs.into_iter().all(|(a, b)| same_bits(&a.tensor, &b.tensor)));
+    let pairs = whole
+        .params("default")
+        .into_iter()
+        .zip(parts.params("default"));
+    assert!(
+        pairs
+            .into_iter()
+            .all(|(a, b)| same_bits(&a.tensor, &b.tensor))
+    );
     let unknown = peft_core::State::from([("ipt".to_owned(), Tensor::from(1f32))]);
-    assert!(first.restore(unknown).unwrap_err().to_string().contains("`ipt`"));
+    assert!(
+        first
+            .restore(unknown)
+            .unwrap_err()
+            .to_string()
+            .contains("`ipt`")
+    );
 }
 
 fn refused(more: Value, words: &[&str]) {
@@ -300,7 +345,10 @@ fn refused(more: Value, words: &[&str]) {
 fn what_does_not_fit() {
     refused(json!({"total_step": null}), &["total_step must be given"]);
     refused(json!({"total_step": 0}), &["total_step"]);
-    refused(json!({"tinit": 7, "tfinal": 3}), &["tinit 7", "tfinal 3", "10"]);
+    refused(
+        json!({"tinit": 7, "tfinal": 3}),
+        &["tinit 7", "tfinal 3", "10"],
+    );
     refused(json!({"deltaT": 0}), &["deltaT 0"]);
     refused(json!({"beta1": 1.0}), &["beta1"]);
     refused(json!({"beta2": 0.0}), &["beta2"]);
@@ -309,12 +357,30 @@ fn what_does_not_fit() {
     refused(json!({"target_r": 4}), &["target_r is 4", "3"]);
     refused(json!({"lora_dropout": 1.0}), &["lora_dropout"]);
     refused(json!({"use_dora": true}), &["use_dora"]);
-    refused(json!({"loftq_config": {"loftq_bits": 4}}), &["loftq_config"]);
-    refused(json!({"layers_pattern": "blocks"}), &["layers_to_transform"]);
-    refused(json!({"target_modules": ["norm"]}), &["blocks.0.norm", "a norm"]);
-    refused(json!({"target_modules": ["q_prj"]}), &["q_prj", "blocks.0.q_proj"]);
-    refused(json!({"rank_pattern": {"blocks.0.q_proj.lora_E": [true]}}), &["1 entries", "blocks.0.q_proj.lora_E", "3"]);
-    refused(json!({"rank_pattern": {"blocks.0.q_porj.lora_E": [true, true, false]}}), &["q_porj", "nearest is `blocks.0.q_proj.lora_E`"]);
+    refused(
+        json!({"loftq_config": {"loftq_bits": 4}}),
+        &["loftq_config"],
+    );
+    refused(
+        json!({"layers_pattern": "blocks"}),
+        &["layers_to_transform"],
+    );
+    refused(
+        json!({"target_modules": ["norm"]}),
+        &["blocks.0.norm", "a norm"],
+    );
+    refused(
+        json!({"target_modules": ["q_prj"]}),
+        &["q_prj", "blocks.0.q_proj"],
+    );
+    refused(
+        json!({"rank_pattern": {"blocks.0.q_proj.lora_E": [true]}}),
+        &["1 entries", "blocks.0.q_proj.lora_E", "3"],
+    );
+    refused(
+        json!({"rank_pattern": {"blocks.0.q_porj.lora_E": [true, true, false]}}),
+        &["q_porj", "nearest is `blocks.0.q_proj.lora_E`"],
+    );
     refused(json!({"delta_t": 3}), &["delta_t"]);
 }
 
@@ -324,6 +390,14 @@ fn a_mask_without_anything_seen_is_an_error() {
     let mut model = toy();
     model.inject("default", &config).unwrap();
     let params = model.params("default");
-    let error = config.schedule().unwrap().after_step(&params, 1).unwrap_err().to_string();
-    assert!(error.contains("step 1") && error.contains("total_step 1"), "{error}");
+    let error = config
+        .schedule()
+        .unwrap()
+        .after_step(&params, 1)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("step 1") && error.contains("total_step 1"),
+        "{error}"
+    );
 }

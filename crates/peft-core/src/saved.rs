@@ -212,13 +212,16 @@ impl ConvAdapter for Shift {
     fn forward(&self, x: &Tensor, beneath: BeneathConv<'_>, _: Ctx) -> Tensor {
         let mut by_channel = vec![-1];
         by_channel.resize(beneath.base().weight().dim() - 1, 1);
-        beneath.forward(x) + (&self.bias - &self.base).view(by_channel.as_slice())
+        let y = beneath.forward(x);
+        let shift = self.shift().view(by_channel.as_slice());
+        (&y + shift).to_kind(y.kind())
     }
 
     fn merge(&self, plain: Plain, _: &DenseConv) -> Option<Plain> {
+        let kind = plain.weight.kind();
         Some(Plain {
             weight: plain.weight,
-            bias: self.moved(plain.bias),
+            bias: self.moved(plain.bias, kind),
         })
     }
 }

@@ -31,6 +31,7 @@ impl fmt::Display for SiteKind {
             SiteKind::Linear => "a linear layer",
             SiteKind::Embedding => "an embedding",
             SiteKind::Norm => "a norm",
+            SiteKind::Conv => "a convolution",
             SiteKind::Prompt => "the place of virtual tokens",
         })
     }

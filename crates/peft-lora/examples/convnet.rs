@@ -131,8 +131,7 @@ fn bars(n: i64) -> (Tensor, Tensor) {
     let on = (Kind::Float, Device::Cpu);
     let place = Tensor::randint(12, [n], (Kind::Int64, Device::Cpu));
     let bar = place
-        .one_hot(12)
-        .to_kind(Kind::Float)
+        .onehot(12)
         .view([n, 1, 1, 12])
         .expand([n, 1, 12, 12], false);
     let labels = Tensor::randint(2, [n], (Kind::Int64, Device::Cpu));

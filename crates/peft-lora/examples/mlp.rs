@@ -125,7 +125,7 @@ pub(crate) fn run(folder: &Path) -> Result<Outcome> {
 
 /// The layers as `tch` makes them: 1 → 64 → 64 → 1.
 fn layers(vs: &nn::VarStore) -> [nn::Linear; 3] {
-    let layer = |name, inp, out| nn::linear(vs.root() / name, inp, out, Default::default());
+    let layer = |name: &str, inp, out| nn::linear(vs.root() / name, inp, out, Default::default());
     [
         layer("first", 1, 64),
         layer("middle", 64, 64),

@@ -19,7 +19,7 @@
 //! - whole modules (`modules_to_save`) stay whole;
 //! - norms and virtual tokens have no form as LoRA: refused by name.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::path::PathBuf;
 
 use indexmap::IndexMap;
 use peft_core::{

@@ -106,8 +106,8 @@
 
 mod combine;
 mod config;
-mod convert;
 mod conv;
+mod convert;
 mod dora;
 mod embedding;
 mod factors;

@@ -24,12 +24,12 @@ use peft_core::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use peft_torch::add_low_rank;
 use tch::{Kind, Tensor};
 
 use crate::{
     config::{LoraConfig, number},
     factors::{Factors, leaf},
-    in_place::add_low_rank,
     lora::{A, B, dropped},
 };
 

@@ -455,6 +455,18 @@ fn first_factors_are_uniform_over_what_an_output_sums_up() {
     }
 }
 
+#[test]
+fn every_parameter_of_a_network_can_be_trained() {
+    let mut net = Net::new();
+    let all = net.thaw(None).unwrap();
+    assert_eq!(all.len(), 16); // Nine weights, and the biases of all but the table and `mixed`.
+    loss(&net.forward(&batch(), Ctx::TRAIN)).backward();
+    for param in all {
+        let largest = param.tensor.grad().abs().max().double_value(&[]);
+        assert!(largest > 0.0, "{}.{}", param.at, param.name);
+    }
+}
+
 /// One place.
 struct One(Slots);
 

@@ -268,9 +268,11 @@ impl<'a> Plan<'a> {
 }
 
 fn style(size: u32, colour: RGBColor, h: HPos, v: VPos) -> TextStyle<'static> {
-    TextStyle::from((FONT, size).into_font())
-        .color(&colour)
-        .pos(Pos::new(h, v))
+    let style = TextStyle::from((FONT, size).into_font()).pos(Pos::new(h, v));
+    TextStyle {
+        color: colour.to_backend_color(),
+        ..style
+    }
 }
 
 /// A colour on white: an SVG's viewer and a bitmap then agree on it.

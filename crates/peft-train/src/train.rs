@@ -221,8 +221,15 @@ pub fn train(
 
         let learning_rate = schedule.learning_rate(now.step);
         let number = now.step + 1;
-        let step = take(objective, &mut optimizer, &mut method, &batches, learning_rate, number)
-            .map_err(|fault| fault.at(number, &train))?;
+        let step = take(
+            objective,
+            &mut optimizer,
+            &mut method,
+            &batches,
+            learning_rate,
+            number,
+        )
+        .map_err(|fault| fault.at(number, &train))?;
         now.count(&step, lap.elapsed());
         lap = Instant::now();
 
@@ -346,7 +353,10 @@ fn take(
         peft_torch::backward(&[&sum], &[&share])?;
         measured.push(sum.detach().to_kind(Kind::Double));
     }
-    if let Some(term) = method.as_ref().and_then(|it| it.penalty(&objective.params())) {
+    if let Some(term) = method
+        .as_ref()
+        .and_then(|it| it.penalty(&objective.params()))
+    {
         peft_torch::backward(&[&term], &[&term.ones_like()])?;
     }
     measured.push(

@@ -109,7 +109,8 @@ impl Objective for Bigram {
     }
 
     fn schedule(&self) -> Option<Box<dyn Schedule>> {
-        self.acts.then(|| Box::new(Acts::default()) as Box<dyn Schedule>)
+        self.acts
+            .then(|| Box::new(Acts::default()) as Box<dyn Schedule>)
     }
 
     fn save(&mut self, dir: &Path) -> Result<()> {
@@ -339,15 +340,29 @@ fn a_method_adds_to_the_loss_and_acts_after_the_step() {
         let before = model.embed.detach().copy();
         let summary = world.train(name, &settings, &mut model).unwrap();
         let step = tch::no_grad(|| &model.embed - before);
-        (step, model.embed.grad().copy(), model.head.detach().copy(), summary.loss.unwrap())
+        (
+            step,
+            model.embed.grad().copy(),
+            model.head.detach().copy(),
+            summary.loss.unwrap(),
+        )
     };
     let (_, plain, head, loss) = run(false, "plain");
     let (_, with, moved, same_loss) = run(true, "acts");
     let start = Bigram::new().embed.detach();
     let term = (with - plain) - start * 0.02;
-    assert!(term.abs().max().double_value(&[]) < 1e-6, "the gradient of the term");
-    assert!((head - moved).abs().max().double_value(&[]) > 0.0, "nothing was done after the step");
-    assert_eq!(loss, same_loss, "the term is not part of the loss that is reported");
+    assert!(
+        term.abs().max().double_value(&[]) < 1e-6,
+        "the gradient of the term"
+    );
+    assert!(
+        (head - moved).abs().max().double_value(&[]) > 0.0,
+        "nothing was done after the step"
+    );
+    assert_eq!(
+        loss, same_loss,
+        "the term is not part of the loss that is reported"
+    );
 }
 
 #[test]

@@ -22,7 +22,12 @@ pub(crate) struct Projection {
 
 impl Projection {
     /// Uniform as He's initialisation has it, A first, then B, as Python draws them.
-    pub(crate) fn draw(key: u64, r: i64, (out, inp): (i64, i64), device: Device) -> Result<Projection> {
+    pub(crate) fn draw(
+        key: u64,
+        r: i64,
+        (out, inp): (i64, i64),
+        device: Device,
+    ) -> Result<Projection> {
         let kaiming = |rows: i64, columns: i64| {
             let bound = 3f64.sqrt() * (2f64.sqrt() / (columns as f64).sqrt());
             Tensor::zeros([rows, columns], (Kind::Float, Device::Cpu)).uniform_(-bound, bound)
@@ -114,7 +119,10 @@ impl LinearAdapter for Scaled {
 
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
         let (a, b) = self.part(plain.weight.size()[1]);
-        let (left, right) = (b * self.lambda_b.unsqueeze(1), a * self.lambda_d.unsqueeze(1));
+        let (left, right) = (
+            b * self.lambda_b.unsqueeze(1),
+            a * self.lambda_d.unsqueeze(1),
+        );
         let weight = plain.weight.to_kind(Kind::Float) + left.matmul(&right);
         Some(Plain {
             weight: weight.to_kind(plain.weight.kind()),

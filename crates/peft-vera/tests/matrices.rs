@@ -46,7 +46,10 @@ fn shaken(config: &VeraConfig) -> (Toy, Adapter) {
 #[test]
 fn the_matrices_are_pythons_bits() {
     let (_, adapter) = shaken(&config(json!({})));
-    let (a, b) = (&adapter.state["base_model.vera_A"], &adapter.state["base_model.vera_B"]);
+    let (a, b) = (
+        &adapter.state["base_model.vera_A"],
+        &adapter.state["base_model.vera_B"],
+    );
     assert_eq!((a.size(), b.size()), (vec![3, 13], vec![13, 3]));
     let bits = |t: &Tensor| -> Vec<u32> {
         let all = Vec::<f32>::try_from(t.reshape([-1])).unwrap();
@@ -86,7 +89,11 @@ fn the_file_has_them_once_or_not_at_all() {
         key("1.o_proj.vera_lambda_d"),
     ];
     let (model, with) = shaken(&config(json!({})));
-    let all: Vec<String> = vectors.iter().cloned().chain(["base_model.vera_A".into(), "base_model.vera_B".into()]).collect();
+    let all: Vec<String> = vectors
+        .iter()
+        .cloned()
+        .chain(["base_model.vera_A".into(), "base_model.vera_B".into()])
+        .collect();
     assert_eq!(names(&with), all);
     let (_, without) = shaken(&config(json!({"save_projection": false})));
     assert_eq!(names(&without), vectors);
@@ -97,20 +104,29 @@ fn the_file_has_them_once_or_not_at_all() {
     assert!(same_bits(&out(&fresh), &out(&model)));
     let mut other = toy();
     let keyed = config(json!({"save_projection": false, "projection_prng_key": 18}));
-    let adapter = Adapter { tuner: Box::new(keyed), ..without };
+    let adapter = Adapter {
+        tuner: Box::new(keyed),
+        ..without
+    };
     adapter.apply("a", &mut other).unwrap();
     assert!(!same_bits(&out(&other), &out(&model)));
 
     // In the file, they count: with another key it gives the same all the same.
     let keyed = config(json!({"projection_prng_key": 18}));
-    let adapter = Adapter { tuner: Box::new(keyed), ..with };
+    let adapter = Adapter {
+        tuner: Box::new(keyed),
+        ..with
+    };
     let mut again = toy();
     adapter.apply("a", &mut again).unwrap();
     assert!(same_bits(&out(&again), &out(&model)));
 
     // There although the configuration says that they are not: passed over.
     let keyed = config(json!({"save_projection": false}));
-    let adapter = Adapter { tuner: Box::new(keyed), ..adapter };
+    let adapter = Adapter {
+        tuner: Box::new(keyed),
+        ..adapter
+    };
     let mut again = toy();
     adapter.apply("a", &mut again).unwrap();
     assert!(same_bits(&out(&again), &out(&model)));
@@ -122,7 +138,10 @@ fn a_file_without_them_that_should_have_them_is_refused() {
     adapter.state.remove("base_model.vera_A").unwrap();
     let mut model = toy();
     let error = adapter.apply("a", &mut model).unwrap_err();
-    assert!(matches!(&error, Error::Missing { key, .. } if key == "base_model.vera_A"), "{error}");
+    assert!(
+        matches!(&error, Error::Missing { key, .. } if key == "base_model.vera_A"),
+        "{error}"
+    );
     assert!(model.adapters().is_empty());
     let dir = tempfile::tempdir().unwrap();
     adapter.save(dir.path()).unwrap();
@@ -133,9 +152,17 @@ fn a_file_without_them_that_should_have_them_is_refused() {
 #[test]
 fn layers_share_them() {
     let mut model = toy();
-    model.inject("default", &config(json!({"target_modules": "all-linear", "r": 5}))).unwrap();
+    model
+        .inject(
+            "default",
+            &config(json!({"target_modules": "all-linear", "r": 5})),
+        )
+        .unwrap();
     let all = model.params("default");
-    let matrices: Vec<_> = all.iter().filter(|it| it.name == "vera_A" || it.name == "vera_B").collect();
+    let matrices: Vec<_> = all
+        .iter()
+        .filter(|it| it.name == "vera_A" || it.name == "vera_B")
+        .collect();
     assert_eq!(matrices.len(), 2);
     assert!(matrices.iter().all(|it| !it.tensor.requires_grad()));
     assert_eq!(model.trainable("default").len(), 2 * 4);
@@ -143,10 +170,16 @@ fn layers_share_them() {
 
 #[test]
 fn a_layer_is_the_formula() {
-    let (mut model, adapter) = shaken(&config(json!({"target_modules": ["o_proj"], "d_initial": 0.7})));
-    let of = |name: &str| adapter.state[&format!("base_model.model.blocks.1.o_proj.{name}")].to_kind(Kind::Double);
-    let [a, b] = ["base_model.vera_A", "base_model.vera_B"].map(|it| adapter.state[it].to_kind(Kind::Double));
-    let delta = (b * of("vera_lambda_b").unsqueeze(1)).matmul(&(a * of("vera_lambda_d").unsqueeze(1)));
+    let (mut model, adapter) = shaken(&config(
+        json!({"target_modules": ["o_proj"], "d_initial": 0.7}),
+    ));
+    let of = |name: &str| {
+        adapter.state[&format!("base_model.model.blocks.1.o_proj.{name}")].to_kind(Kind::Double)
+    };
+    let [a, b] = ["base_model.vera_A", "base_model.vera_B"]
+        .map(|it| adapter.state[it].to_kind(Kind::Double));
+    let delta =
+        (b * of("vera_lambda_b").unsqueeze(1)).matmul(&(a * of("vera_lambda_d").unsqueeze(1)));
     let weight = |model: &mut Toy| {
         let mut found = None;
         model.slots(&mut |at, slot| {
@@ -185,9 +218,21 @@ fn what_does_not_fit() {
     refused(json!({"vera_dropout": 1.0}), &["vera_dropout"]);
     refused(json!({"bias": "lora_only"}), &["lora_only", "vera_only"]);
     refused(json!({"exclude_modules": ["q_proj"]}), &["exclude_modules"]);
-    refused(json!({"target_modules": ["embed_tokens"]}), &["embed_tokens", "an embedding"]);
-    refused(json!({"target_modules": ["q_prj"]}), &["q_prj", "blocks.0.q_proj"]);
-    refused(json!({"layers_pattern": "blocks"}), &["layers_to_transform"]);
-    refused(json!({"modules_to_save": ["lm_haed"]}), &["lm_haed", "lm_head"]);
+    refused(
+        json!({"target_modules": ["embed_tokens"]}),
+        &["embed_tokens", "an embedding"],
+    );
+    refused(
+        json!({"target_modules": ["q_prj"]}),
+        &["q_prj", "blocks.0.q_proj"],
+    );
+    refused(
+        json!({"layers_pattern": "blocks"}),
+        &["layers_to_transform"],
+    );
+    refused(
+        json!({"modules_to_save": ["lm_haed"]}),
+        &["lm_haed", "lm_head"],
+    );
     assert_eq!(config(json!({})).peft_type(), "VERA");
 }

@@ -84,8 +84,11 @@ pub use peft_data as data;
 pub use peft_gguf as gguf;
 pub use peft_ia3 as ia3;
 pub use peft_lora as lora;
+pub use peft_metrics as metrics;
 pub use peft_models as models;
 pub use peft_norm as norm;
+pub use peft_prefix as prefix;
+pub use peft_prompt as prompt;
 pub use peft_torch as torch;
 pub use peft_train as train;
 pub use peft_vera as vera;
@@ -101,6 +104,8 @@ pub use peft_models::{
     generate, open, open_task, save,
 };
 pub use peft_norm::NormConfig;
+pub use peft_prefix::PrefixConfig;
+pub use peft_prompt::{PromptConfig, PtuningConfig};
 pub use peft_torch::AdamW;
 pub use peft_train::Settings;
 pub use peft_vera::VeraConfig;
@@ -118,6 +123,9 @@ pub fn builtin() -> Registry {
         .with::<BitfitConfig>()
         .with::<AdaLoraConfig>()
         .with::<VeraConfig>()
+        .with::<PrefixConfig>()
+        .with::<PromptConfig>()
+        .with::<PtuningConfig>()
 }
 
 #[cfg(test)]

@@ -43,15 +43,18 @@ fn gradients_and_five_steps_are_pythons() {
             loss.backward();
             if step == 0 {
                 let wanted = io.keys().filter(|key| key.starts_with("grad.")).count();
-                assert_eq!(params.len(), wanted, "{name}: other parameters than Python's");
+                assert_eq!(
+                    params.len(),
+                    wanted,
+                    "{name}: other parameters than Python's"
+                );
                 for param in &params {
                     let key = format!("grad.{}.{}", param.at, param.name);
                     let grad = param.tensor.grad();
                     // GPT-2 keeps its layers, and Python their gradients, [in, out].
-                    let turned = spec.transposed
-                        && grad.dim() == 2
-                        && io[&key].size() != grad.size()
-                        || spec.transposed && param.at.contains(".c_") && grad.dim() == 2;
+                    let turned =
+                        spec.transposed && grad.dim() == 2 && io[&key].size() != grad.size()
+                            || spec.transposed && param.at.contains(".c_") && grad.dim() == 2;
                     let grad = if turned { grad.tr() } else { grad };
                     agree(&grad, &io[&key], 1e-5, &format!("{name} {key}")).unwrap();
                 }
@@ -81,11 +84,22 @@ fn a_pattern_leaves_the_rest_frozen() {
 #[test]
 fn what_cannot_be_thawed_is_refused_and_left_alone() {
     let mut model = open(&fixtures("models/llama"), OpenOptions::default()).unwrap();
-    let error = model.thaw(Some(&Names::from(["q_prj"]))).unwrap_err().to_string();
-    assert!(error.contains("q_prj") && error.contains("q_proj"), "{error}");
-    model.inject("default", &LoraConfig::on(["q_proj"])).unwrap();
+    let error = model
+        .thaw(Some(&Names::from(["q_prj"])))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("q_prj") && error.contains("q_proj"),
+        "{error}"
+    );
+    model
+        .inject("default", &LoraConfig::on(["q_proj"]))
+        .unwrap();
     let error = model.thaw(None).unwrap_err().to_string();
-    assert!(error.contains("`default`") && error.contains("merge or delete"), "{error}");
+    assert!(
+        error.contains("`default`") && error.contains("merge or delete"),
+        "{error}"
+    );
     let ids = Tensor::from_slice(&[3i64, 4, 5]).unsqueeze(0);
     let y = model.forward(&Input::new(ids), Ctx::EVAL).sum(Kind::Float);
     y.backward();
