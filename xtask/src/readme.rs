@@ -18,7 +18,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const DOCUMENTS: [&str; 3] = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"];
 const OPEN: &str = "<!-- generated:";
@@ -109,7 +109,7 @@ fn generate(name: &str) -> Result<Option<String>> {
                 .map(|(task, about)| [format!("`cargo xtask {task}`"), about]),
         ),
         "crates" => crates()?,
-        "models" => models(&fixtures.join("models"))?,
+        "models" => models(&["models", "tasks"].map(|it| fixtures.join(it)))?,
         "methods" => methods(&fixtures)?,
         _ => return Ok(None),
     }))
@@ -126,20 +126,22 @@ fn crates() -> Result<String> {
 }
 
 /// Model types, with the checkpoints of each that Python's numbers are here for.
-fn models(folder: &Path) -> Result<String> {
+fn models(all: &[PathBuf]) -> Result<String> {
     let mut types: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    for name in folders(folder)? {
-        let path = folder.join(&name).join("config.json");
-        let Ok(text) = fs::read_to_string(&path) else {
-            continue;
-        };
-        let config: Value =
-            serde_json::from_str(&text).with_context(|| format!("at `{}`", paths::short(&path)))?;
-        let kind = config["model_type"]
-            .as_str()
-            .unwrap_or("unknown")
-            .to_owned();
-        types.entry(kind).or_default().insert(name);
+    for folder in all {
+        for name in folders(folder)? {
+            let path = folder.join(&name).join("config.json");
+            let Ok(text) = fs::read_to_string(&path) else {
+                continue;
+            };
+            let config: Value = serde_json::from_str(&text)
+                .with_context(|| format!("at `{}`", paths::short(&path)))?;
+            let kind = config["model_type"]
+                .as_str()
+                .unwrap_or("unknown")
+                .to_owned();
+            types.entry(kind).or_default().insert(name);
+        }
     }
     let rows = types
         .into_iter()

@@ -55,6 +55,13 @@ impl Cache {
         (self.len, self.ahead, self.counted) = (0, 0, false);
     }
 
+    /// Keys and values so far of each layer, `[batch, positions, kv_heads, head_dim]`, virtual ones first.
+    pub fn keys_and_values(&self) -> Vec<(Tensor, Tensor)> {
+        let held = |t: &Tensor| t.narrow(1, 0, self.ahead + self.len);
+        let layers = self.layers.iter().flatten();
+        layers.map(|it| (held(&it.key), held(&it.value))).collect()
+    }
+
     /// Forgets all tokens after the first `len`.
     pub fn truncate(&mut self, len: i64) {
         self.len = self.len.min(len);

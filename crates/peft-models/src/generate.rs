@@ -402,8 +402,15 @@ impl Rows<'_> {
         while !self.live.is_empty() {
             let scores = self.scores(&input, cache)?; // [live, vocab]
             let chosen = self.choose(&scores)?;
+            // Behind virtual embeddings padding takes up positions, too.
+            let padded = if cache.is_counted() {
+                cache.len() + 1
+            } else {
+                0
+            };
             for (&row, token) in self.live.iter().zip(chosen) {
-                self.rows[row].take(row, token, self.sampling, self.context, each);
+                let room = self.context - padded;
+                self.rows[row].take(row, token, self.sampling, (self.context, room), each);
             }
             input = self.next(input, cache);
         }
@@ -522,7 +529,7 @@ impl Row {
         row: usize,
         token: u32,
         sampling: &Sampling,
-        context: i64,
+        (context, room): (i64, i64),
         each: &mut dyn FnMut(usize, u32) -> ControlFlow<()>,
     ) {
         if sampling.stop_ids.contains(&token) {
@@ -534,7 +541,9 @@ impl Row {
         self.stop = match each(row, token) {
             ControlFlow::Break(()) => Some(Stop::Caller),
             ControlFlow::Continue(()) if new >= sampling.max_new_tokens => Some(Stop::Length),
-            ControlFlow::Continue(()) if self.tokens.len() as i64 > context => Some(Stop::Context),
+            ControlFlow::Continue(()) if self.tokens.len() as i64 > context || room < 0 => {
+                Some(Stop::Context)
+            }
             ControlFlow::Continue(()) => None,
         };
     }

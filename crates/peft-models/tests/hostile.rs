@@ -8,13 +8,16 @@ use std::{
 };
 
 use peft_core::tensors;
-use peft_models::{OpenOptions, open};
+use peft_models::{HeadOptions, OpenOptions, Source, Task, open, open_task};
 use proptest::prelude::*;
 
 fn fixture(model: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../../fixtures/models")
-        .join(model)
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+    let decoder = root.join("models").join(model);
+    match decoder.exists() {
+        true => decoder,
+        false => root.join("tasks").join(model),
+    }
 }
 
 /// A change to some bytes: overwritten, cut out, doubled, or the file cut short.
@@ -123,6 +126,109 @@ proptest! {
         json[&keys[key % keys.len()]] = serde_json::from_str(value).expect("JSON");
         let dir = with_file(model, "config.json", json.to_string().as_bytes());
         let _ = opens(dir.path());
+    }
+}
+
+proptest! {
+    #[test]
+    fn any_value_of_any_key_of_a_head(
+        key in 0usize..64,
+        value in prop_oneof![
+            Just("null"), Just("true"), Just("-1"), Just("0"), Just("1e300"), Just("9223372036854775807"), Just("3"),
+            Just("\"x\""), Just("[]"), Just("{}"), Just("0.5"), Just("{\"0\": 1}"), Just("{\"1\": \"a\"}"),
+        ],
+        (model, task) in prop_oneof![
+            Just(("bert-classes", Task::SeqCls)), Just(("bert-masked", Task::MaskedLm)), Just(("t5", Task::Seq2SeqLm)),
+            Just(("roberta-tokens", Task::TokenCls)), Just(("llama-marks", Task::SeqCls)),
+            Just(("gpt2-answers", Task::QuestionAns)), Just(("t5-gated", Task::Seq2SeqLm)),
+        ],
+    ) {
+        let text = fs::read_to_string(fixture(model).join("config.json")).expect("a configuration");
+        let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let keys: Vec<String> = json.as_object().expect("an object").keys().cloned().collect();
+        json[&keys[key % keys.len()]] = serde_json::from_str(value).expect("JSON");
+        let dir = with_file(model, "config.json", json.to_string().as_bytes());
+        let source = Source::Folder(dir.path().to_owned());
+        if let Err(error) = open_task(&source, task, OpenOptions::default(), &HeadOptions::default()) {
+            assert!(!error.to_string().is_empty());
+        }
+    }
+}
+
+#[test]
+fn keys_of_other_tasks_that_change_numbers_are_refused_by_name() {
+    let refused = |model: &str, task, key: &str, value: serde_json::Value| {
+        let text = fs::read_to_string(fixture(model).join("config.json")).expect("a file");
+        let mut json: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        json[key] = value;
+        let dir = with_file(model, "config.json", json.to_string().as_bytes());
+        let source = Source::Folder(dir.path().to_owned());
+        match open_task(
+            &source,
+            task,
+            OpenOptions::default(),
+            &HeadOptions::default(),
+        ) {
+            Ok(_) => panic!("{model}: `{key}` is not refused"),
+            Err(error) => error.to_string(),
+        }
+    };
+    for (model, task, key, value) in [
+        (
+            "bert-classes",
+            Task::SeqCls,
+            "position_embedding_type",
+            "relative_key".into(),
+        ),
+        ("bert-classes", Task::SeqCls, "is_decoder", true.into()),
+        (
+            "bert-classes",
+            Task::SeqCls,
+            "add_cross_attention",
+            true.into(),
+        ),
+        (
+            "bert-classes",
+            Task::SeqCls,
+            "problem_type",
+            "ranking".into(),
+        ),
+        (
+            "bert-classes",
+            Task::SeqCls,
+            "id2label",
+            serde_json::json!({"1": "a", "2": "b"}),
+        ),
+        ("bert-classes", Task::SeqCls, "num_labels", 2.into()),
+        (
+            "bert-classes",
+            Task::SeqCls,
+            "classifier_dropout",
+            1.5.into(),
+        ),
+        ("roberta-classes", Task::SeqCls, "pad_token_id", 61.into()),
+        (
+            "t5",
+            Task::Seq2SeqLm,
+            "feed_forward_proj",
+            "gated-swishy".into(),
+        ),
+        ("t5", Task::Seq2SeqLm, "is_encoder_decoder", false.into()),
+        (
+            "t5",
+            Task::Seq2SeqLm,
+            "decoder_start_token_id",
+            serde_json::Value::Null,
+        ),
+        (
+            "t5",
+            Task::Seq2SeqLm,
+            "relative_attention_max_distance",
+            3.into(),
+        ),
+    ] {
+        let text = refused(model, task, key, value);
+        assert!(text.contains(key), "`{key}` in: {text}");
     }
 }
 

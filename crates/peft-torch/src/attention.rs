@@ -138,17 +138,19 @@ fn spread(qkv: [&Tensor; 3]) -> [Tensor; 3] {
     [q, k, v]
 }
 
-/// In plain operations, for a mask that is itself trained: the kernels give it no gradient.
+/// In plain operations and fp32, for a mask that is itself trained: the kernels give it no gradient.
 fn learnt(qkv: [&Tensor; 3], scale: f64, causal: bool, mask: &Tensor, dropout: f64) -> Tensor {
-    let [q, k, v] = spread(qkv);
-    let mut scores = q.matmul(&k.transpose(2, 3)) * scale + mask.to_kind(q.kind()); // [batch, heads, new, keys]
+    let kind = qkv[0].kind();
+    let [q, k, v] = spread(qkv).map(|it| it.to_kind(Kind::Float));
+    let mut scores = q.matmul(&k.transpose(2, 3)) * scale + mask; // [batch, heads, new, keys]
     if causal {
         let (new, keys) = (scores.size()[2], scores.size()[3]);
         let hidden = Tensor::ones([new, keys], (Kind::Bool, q.device())).triu(1);
         scores = scores.masked_fill(&hidden, f64::NEG_INFINITY);
     }
-    let p = scores.softmax(-1, Kind::Float).to_kind(q.kind());
-    p.dropout(dropout, dropout > 0.0).matmul(&v).transpose(1, 2)
+    let p = scores.softmax(-1, Kind::Float);
+    let y = p.dropout(dropout, dropout > 0.0).matmul(&v);
+    y.transpose(1, 2).to_kind(kind)
 }
 
 /// libtorch's own, in blocks.

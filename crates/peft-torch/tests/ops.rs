@@ -385,3 +385,32 @@ fn numbers_of_a_seed_leave_no_trace() {
     assert!(first.equal(&same) && first.equal(&of_seed));
     assert!(second.equal(&draw()));
 }
+
+#[test]
+fn a_mask_may_differ_from_head_to_head_and_be_trained() {
+    // Short and long, so that each way of computing it is taken.
+    for (b, n, heads, rows) in [(2, 7, 3, 1), (2, 67, 3, 1), (3, 66, 2, 3)] {
+        let [q, k, v] = [0; 3].map(|_| random(&[b, n, heads, 5], Kind::Float));
+        let hidden = Tensor::ones([n, n], (Kind::Bool, Device::Cpu)).triu(1);
+        let bias = random(&[rows, heads, n, n], Kind::Float);
+        let masked = |bias: &Tensor| bias.masked_fill(&hidden, f64::NEG_INFINITY);
+        let plain = |t: &[Tensor]| {
+            let [q, k, v] = [0, 1, 2].map(|i: usize| t[i].transpose(1, 2));
+            let bias = t.get(3).unwrap_or(&bias);
+            let z = q.matmul(&k.transpose(2, 3)) * 0.7 + masked(bias);
+            z.softmax(-1, Kind::Float).matmul(&v).transpose(1, 2)
+        };
+        same(
+            "attention with a bias",
+            &[q.copy(), k.copy(), v.copy()],
+            |t| peft_torch::attention([&t[0], &t[1], &t[2]], 0.7, false, Some(&masked(&bias)), 0.0),
+            plain,
+        );
+        same(
+            "attention with a trained bias",
+            &[q, k, v, bias.copy()],
+            |t| peft_torch::attention([&t[0], &t[1], &t[2]], 0.7, false, Some(&masked(&t[3])), 0.0),
+            plain,
+        );
+    }
+}
