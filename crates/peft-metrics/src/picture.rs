@@ -268,11 +268,8 @@ impl<'a> Plan<'a> {
 }
 
 fn style(size: u32, colour: RGBColor, h: HPos, v: VPos) -> TextStyle<'static> {
-    let style = TextStyle::from((FONT, size).into_font()).pos(Pos::new(h, v));
-    TextStyle {
-        color: colour.to_backend_color(),
-        ..style
-    }
+    let style = (FONT, size).into_font().color(&colour);
+    style.pos(Pos::new(h, v))
 }
 
 /// A colour on white: an SVG's viewer and a bitmap then agree on it.

@@ -98,7 +98,7 @@ pub use peft_bitfit::BitfitConfig;
 pub use peft_core::{Adapter, Ctx, Error, Model, ModelExt, Registry, Result, Targets, Tuner};
 pub use peft_data::{Message, Tokenizer};
 pub use peft_ia3::Ia3Config;
-pub use peft_lora::LoraConfig;
+pub use peft_lora::{LoraConfig, MergedLora};
 pub use peft_models::{
     Cache, Decoder, HeadOptions, Input, Labels, Network, OpenOptions, Sampling, Task, causal_loss,
     generate, open, open_task, save,
@@ -119,20 +119,14 @@ pub fn builtin() -> Registry {
     Registry::default()
         .with::<LoraConfig>()
         .with::<Ia3Config>()
-        .with::<NormConfig>()
-        .with::<BitfitConfig>()
-        .with::<AdaLoraConfig>()
-        .with::<VeraConfig>()
-        .with::<PrefixConfig>()
-        .with::<PromptConfig>()
-        .with::<PtuningConfig>()
+        .with::<MergedLora>()
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
     fn every_method_is_known() {
-        let all = ["ADALORA", "BITFIT", "IA3", "LN_TUNING", "LORA", "VERA"];
-        assert_eq!(super::builtin().known(), all);
+    fn lora_is_known() {
+        assert_eq!(super::builtin().known(), ["LORA", "MERGED_LORA"]);
     }
 }
