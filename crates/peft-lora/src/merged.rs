@@ -22,9 +22,9 @@ use peft_core::{
     Outline, Params, Plain, Result, Selection, Site, SiteKind, Slot, State, Tuner, Unmodelled,
     Visit, parse,
 };
+use peft_torch::add_low_rank;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use peft_torch::add_low_rank;
 use tch::{Kind, Tensor};
 
 use crate::{

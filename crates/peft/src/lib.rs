@@ -14,7 +14,9 @@
 //! | [`bitfit`] | BitFit |
 //! | [`adalora`] | AdaLoRA |
 //! | [`vera`] | VeRA |
-//! | [`models`] | GPT-2 and the Llama family; loading, saving, generating |
+//! | [`prefix`], [`prompt`] | prefix tuning; prompt tuning and P-tuning |
+//! | [`metrics`] | accuracy, F1, exact match, BLEU, ROUGE, with tables and pictures |
+//! | [`models`] | GPT-2, the Llama family, BERT, RoBERTa, T5; loading, saving, generating |
 //! | [`data`] | conversations to batches: formats, templates, tokenizers |
 //! | [`train`] | a training loop that one can read |
 //! | [`gguf`] | GGUF files as Hugging Face folders |
@@ -118,15 +120,34 @@ pub use tch;
 pub fn builtin() -> Registry {
     Registry::default()
         .with::<LoraConfig>()
-        .with::<Ia3Config>()
         .with::<MergedLora>()
+        .with::<AdaLoraConfig>()
+        .with::<VeraConfig>()
+        .with::<Ia3Config>()
+        .with::<BitfitConfig>()
+        .with::<NormConfig>()
+        .with::<PrefixConfig>()
+        .with::<PromptConfig>()
+        .with::<PtuningConfig>()
 }
 
 #[cfg(test)]
 mod tests {
     #[test]
     fn every_method_is_known() {
-    fn lora_is_known() {
-        assert_eq!(super::builtin().known(), ["LORA", "MERGED_LORA"]);
+        let known = super::builtin().known();
+        let all = [
+            "ADALORA",
+            "BITFIT",
+            "IA3",
+            "LN_TUNING",
+            "LORA",
+            "MERGED_LORA",
+            "PREFIX_TUNING",
+            "PROMPT_TUNING",
+            "P_TUNING",
+            "VERA",
+        ];
+        assert_eq!(known, all);
     }
 }
