@@ -143,11 +143,11 @@ fn bars(n: i64) -> (Tensor, Tensor) {
 #[allow(dead_code)] // The tests include this file and call `run`.
 fn main() -> Result<()> {
     let folder = std::env::temp_dir().join(format!("peft-convnet-{}", std::process::id()));
-    let outcome = run(&folder)?;
+    let Outcome { loss, off } = run(&folder)?;
     println!(
-        "loss {:.4} → {:.4}; the adapter is in {}",
-        outcome.loss[0],
-        outcome.loss[1],
+        "loss {:.4} → {:.4}, {off:.0e} apart after loading; the adapter is in {}",
+        loss[0],
+        loss[1],
         folder.display()
     );
     Ok(())

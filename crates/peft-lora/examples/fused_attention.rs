@@ -167,11 +167,11 @@ pub(crate) fn run(folder: &Path) -> Result<Outcome> {
 #[allow(dead_code)] // The tests include this file and call `run`.
 fn main() -> Result<()> {
     let folder = std::env::temp_dir().join(format!("peft-fused-attention-{}", std::process::id()));
-    let outcome = run(&folder)?;
+    let Outcome { loss, off } = run(&folder)?;
     println!(
-        "loss {:.4} → {:.4}; the adapters are in {}",
-        outcome.loss[0],
-        outcome.loss[1],
+        "loss {:.4} → {:.4}, {off:.0e} apart after loading; the adapters are in {}",
+        loss[0],
+        loss[1],
         folder.display()
     );
     Ok(())

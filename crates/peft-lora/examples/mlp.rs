@@ -72,7 +72,7 @@ pub(crate) fn run(folder: &Path) -> Result<Outcome> {
     let copy = || -> Result<Mlp> {
         let mut to = nn::VarStore::new(Device::Cpu);
         let layers = layers(&to);
-        to.copy()?;
+        to.copy(&vs)?;
         Ok(Mlp::of(layers))
     };
     let mut mlp = copy()?;
@@ -162,11 +162,11 @@ fn descend(model: &mut impl Model, rate: f64) {
 #[allow(dead_code)] // The tests include this file and call `run`.
 fn main() -> Result<()> {
     let folder = std::env::temp_dir().join(format!("peft-mlp-{}", std::process::id()));
-    let outcome = run(&folder)?;
+    let Outcome { loss, off } = run(&folder)?;
     println!(
-        "loss {:.4} → {:.4}; the adapter is in {}",
-        outcome.loss[0],
-        outcome.loss[1],
+        "loss {:.4} → {:.4}, {off:.0e} apart after loading; the adapter is in {}",
+        loss[0],
+        loss[1],
         folder.display()
     );
     Ok(())

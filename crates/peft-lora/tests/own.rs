@@ -428,7 +428,7 @@ fn settings_that_do_not_go_on_a_convolution_are_refused() {
 #[test]
 fn first_factors_are_uniform_over_what_an_output_sums_up() {
     for (at, inp, out) in [
-        ("line", 18f64, 1.0),
+        ("line", 18f64, 1f64),
         ("image", 18.0, 1.0),
         ("volume", 24.0, 1.0),
         ("grouped", 24.0, 2.0),

@@ -135,7 +135,7 @@ fn the_file_has_them_once_or_not_at_all() {
 #[test]
 fn a_file_without_them_that_should_have_them_is_refused() {
     let (_, mut adapter) = shaken(&config(json!({})));
-    adapter.state.remove("base_model.vera_A").unwrap();
+    drop(adapter.state.remove("base_model.vera_A"));
     let mut model = toy();
     let error = adapter.apply("a", &mut model).unwrap_err();
     assert!(
