@@ -220,7 +220,7 @@ pub fn split(n: usize, holdout: Holdout, seed: u64) -> Result<(Vec<usize>, Vec<u
 /// The stream of the generator that splits use; epochs use those from 0 on.
 const SPLIT: u64 = u64::MAX;
 
-fn generator(seed: u64, stream: u64) -> ChaCha8Rng {
+pub(crate) fn generator(seed: u64, stream: u64) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     rng.set_stream(stream);
     rng
@@ -234,7 +234,7 @@ fn shuffle<T>(items: &mut [T], rng: &mut ChaCha8Rng) {
 }
 
 /// A number below `n`, each as likely: the high half of a 128-bit product.
-fn below(n: u64, rng: &mut ChaCha8Rng) -> u64 {
+pub(crate) fn below(n: u64, rng: &mut ChaCha8Rng) -> u64 {
     let threshold = n.wrapping_neg() % n;
     loop {
         let product = u128::from(rng.next_u64()) * u128::from(n);

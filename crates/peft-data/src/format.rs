@@ -115,7 +115,7 @@ impl Format {
     }
 
     /// Which format a row has, by its keys.
-    fn of(row: &Map<String, Value>) -> Option<Format> {
+    pub(crate) fn of(row: &Map<String, Value>) -> Option<Format> {
         if let Some(turns) = row.get("messages").or(row.get("conversations")) {
             let from = turns.get(0).is_some_and(|turn| turn.get("from").is_some());
             return Some(if from {
@@ -167,10 +167,7 @@ pub(crate) fn detect_in(source: &Source) -> Result<Format> {
     if source.shape == Shape::Text {
         return Ok(Format::PlainText);
     }
-    let Some(first) = source.rows()?.next() else {
-        return Err(Error::file(&source.path, "empty, there is no row in it"));
-    };
-    let row = object(source, first)?;
+    let (first, row) = first_row(source)?;
     Format::of(&row).ok_or_else(|| {
         let mut what = format!(
             "no known format has the keys {}; expected one of ",
@@ -190,6 +187,18 @@ pub(crate) fn detect_in(source: &Source) -> Result<Format> {
         }
         Error::row(&source.path, first.line, what)
     })
+}
+
+/// The first row of a file that has rows, and where it is.
+pub(crate) fn first_row(source: &Source) -> Result<(RawRow<'_>, Map<String, Value>)> {
+    let Some(first) = source.rows()?.next() else {
+        let what = match source.shape {
+            Shape::Table { .. } => "there is no row below the names of the columns",
+            _ => "empty, there is no row in it",
+        };
+        return Err(Error::file(&source.path, what));
+    };
+    Ok((first, object(source, first)?))
 }
 
 /// Parses one row of a known format.
@@ -213,9 +222,13 @@ pub(crate) fn parse(source: &Source, row: RawRow<'_>, format: Format) -> Result<
     })
 }
 
-fn object(source: &Source, row: RawRow<'_>) -> Result<Map<String, Value>> {
+/// A row as an object. A table's cells are strings.
+pub(crate) fn object(source: &Source, row: RawRow<'_>) -> Result<Map<String, Value>> {
     let refuse = |what: String| Error::row(&source.path, row.line, what);
     let text = source.row_text(row)?;
+    if let Some(table) = &source.table {
+        return table.object(text).map_err(refuse);
+    }
     match serde_json::from_str(text) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(other) => Err(refuse(format!(

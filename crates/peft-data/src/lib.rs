@@ -17,6 +17,11 @@
 //! Nothing in here knows about tensors; a [`Batch`] is three vectors of
 //! integers in the shape that Hugging Face's models take.
 //!
+//! Conversations and prose are for causal models. What the other tasks need
+//! (texts with classes, words with tags, questions with answers, pairs of
+//! source and target, words to fill in) takes the same way with rows of its own:
+//! see [`Task`] and [`prepare_task`].
+//!
 //! ```no_run
 //! use peft_data::{Options, Plan, Side, Tokenizer, prepare};
 //!
@@ -49,6 +54,8 @@ mod python;
 mod sample;
 mod show;
 mod source;
+mod table;
+mod task;
 mod template;
 mod tokenizer;
 
@@ -59,5 +66,9 @@ pub use message::Message;
 pub use prepare::{Dataset, FileReport, Options, Progress, Report, Row, prepare};
 pub use sample::Turns;
 pub use show::{Piece, pieces};
+pub use task::{
+    Columns, Detected, Found, Pass, Problem, Question, Search, Shown, Target, Targets, Task,
+    TaskBatch, TaskDataset, TaskOptions, TaskPiece, TaskReport, TaskRow, detect_task, prepare_task,
+};
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{DecodeStream, Offsets, Tokenizer};

@@ -1,22 +1,26 @@
 //! A data file as a run of rows, each with its line.
 //!
-//! Two shapes hold rows: JSONL (one object a line) and JSON (one list of
-//! objects); plain text has none. Which one it is, the file name's ending says:
-//! guessing from the content would read a broken JSON file as prose and train
-//! on it. A byte order mark, CRLF and blank lines are the traces of editors, so
-//! they are accepted; a NUL byte is the trace of a file that is no text.
+//! Three shapes hold rows: JSONL (one object a line), JSON (one list of
+//! objects) and tables (CSV and TSV, see [`crate::table`]); plain text has none.
+//! Which one it is, the file name's ending says: guessing from the content would
+//! read a broken JSON file as prose and train on it. A byte order mark, CRLF and
+//! blank lines are the traces of editors, so they are accepted; a NUL byte is
+//! the trace of a file that is no text.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result, nearest};
 use crate::map::Map;
+use crate::table::{self, Table};
 
 /// An open data file.
 #[derive(Debug)]
 pub(crate) struct Source {
     pub(crate) path: PathBuf,
     pub(crate) shape: Shape,
+    /// The columns, where the file is a table.
+    pub(crate) table: Option<Table>,
     map: Map,
 }
 
@@ -27,6 +31,11 @@ pub(crate) enum Shape {
     Lines,
     /// One JSON list of objects.
     List,
+    /// One record of a table a row, its first line names the columns.
+    Table {
+        /// What stands between two cells.
+        delimiter: u8,
+    },
     /// Prose.
     Text,
 }
@@ -39,10 +48,12 @@ pub(crate) struct RawRow<'a> {
 }
 
 /// The file name endings that say a shape.
-const ENDINGS: [(&str, Shape); 7] = [
+const ENDINGS: [(&str, Shape); 9] = [
     ("jsonl", Shape::Lines),
     ("ndjson", Shape::Lines),
     ("json", Shape::List),
+    ("csv", Shape::Table { delimiter: b',' }),
+    ("tsv", Shape::Table { delimiter: b'\t' }),
     ("txt", Shape::Text),
     ("text", Shape::Text),
     ("md", Shape::Text),
@@ -83,13 +94,17 @@ impl Source {
             return Err(Error::file(path, "a folder, not a data file"));
         }
         let map = Map::of(&file).map_err(Error::io(path))?;
-        let source = Self {
+        let mut source = Self {
             path: path.to_owned(),
             shape: *shape,
+            table: None,
             map,
         };
         if source.text_bytes().iter().all(u8::is_ascii_whitespace) {
             return Err(Error::file(path, "empty, there is no row in it"));
+        }
+        if let Shape::Table { delimiter } = source.shape {
+            source.table = Some(Table::of(path, source.text_bytes(), delimiter)?);
         }
         Ok(source)
     }
@@ -125,6 +140,11 @@ impl Source {
         match self.shape {
             Shape::Lines => Ok(Box::new(lines(self.text_bytes()))),
             Shape::List => Ok(Box::new(self.list()?.into_iter())),
+            Shape::Table { delimiter } => {
+                let records = table::records(self.text_bytes(), delimiter);
+                // The first names the columns.
+                Ok(Box::new(records.skip(1)))
+            }
             Shape::Text => Ok(Box::new(std::iter::empty())),
         }
     }
@@ -171,7 +191,7 @@ impl Source {
     }
 }
 
-const NUL: &str = "a NUL byte, so this is not a text file";
+pub(crate) const NUL: &str = "a NUL byte, so this is not a text file";
 
 /// The lines that are not blank, without their ends.
 fn lines(bytes: &[u8]) -> impl Iterator<Item = RawRow<'_>> {
@@ -185,7 +205,7 @@ fn lines(bytes: &[u8]) -> impl Iterator<Item = RawRow<'_>> {
         .filter(|row| !row.bytes.is_empty())
 }
 
-fn count_lines(bytes: &[u8]) -> usize {
+pub(crate) fn count_lines(bytes: &[u8]) -> usize {
     bytes.iter().filter(|byte| **byte == b'\n').count()
 }
 

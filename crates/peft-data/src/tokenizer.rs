@@ -7,6 +7,7 @@
 //! | vocabulary, merges, added tokens | `tokenizer.json`; further tokens in `tokenizer_config.json` (`added_tokens_decoder`), `added_tokens.json` |
 //! | `bos_token`, `eos_token`, … | `tokenizer_config.json`, `special_tokens_map.json` |
 //! | chat template | `chat_template.jinja`, `tokenizer_config.json` (a string, or a list of named ones), `chat_template.json` |
+//! | segment ids, sides of padding and truncation | `model_input_names`, `tokenizer_class`, `padding_side`, `truncation_side` of `tokenizer_config.json` |
 //! | tokens that end a reply | `eos_token` and every `eos_token_id` of `generation_config.json`; `config.json` if neither says |
 //!
 //! `tokenizer.json` may also carry a truncation and a padding rule. They are
@@ -23,6 +24,7 @@ use std::sync::{Arc, OnceLock};
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
+use crate::batch::Side;
 use crate::bpe::Bpe;
 use crate::error::{Error, Result, nearest};
 use crate::message::{Message, kind};
@@ -41,10 +43,37 @@ pub struct Tokenizer {
     eos: Vec<u32>,
     pad: u32,
     vocab_size: usize,
+    habits: Habits,
     ends: Arc<[String]>,
     /// Made when the first row needs it, where this kind of tokenizer is known.
     fast: OnceLock<Option<Arc<Bpe>>>,
 }
+
+/// What `tokenizer_config.json` says about the rows that a tokenizer makes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Habits {
+    segments: bool,
+    padding_left: bool,
+    truncation_left: bool,
+}
+
+/// The classes of `transformers` whose tokenizers give `token_type_ids`, without `Fast`; the
+/// others leave them out, whatever the template in `tokenizer.json` says.
+const SEGMENTED: [&str; 13] = [
+    "BertTokenizer",
+    "BertJapaneseTokenizer",
+    "CanineTokenizer",
+    "ConvBertTokenizer",
+    "DebertaTokenizer",
+    "DebertaV2Tokenizer",
+    "ElectraTokenizer",
+    "FNetTokenizer",
+    "FunnelTokenizer",
+    "LayoutLMTokenizer",
+    "MarkupLMTokenizer",
+    "MobileBertTokenizer",
+    "RetriBertTokenizer",
+];
 
 /// The byte range that a token came from: start and end.
 pub type Offsets = (usize, usize);
@@ -93,7 +122,9 @@ impl Tokenizer {
         let mut inner = parse(&path, &json)?;
         let config = read_object(&dir.join("tokenizer_config.json"))?;
         add_tokens(&mut inner, dir, &config)?;
-        let special = special_tokens(dir, &config)?;
+        let mut special = special_tokens(dir, &config)?;
+        add_defaults(&mut special, &inner, &config);
+        let habits = Habits::of(dir, &config)?;
         let templates = templates(dir, &config, &special)?;
 
         let named = |name: &str| -> Result<Option<u32>> {
@@ -135,6 +166,7 @@ impl Tokenizer {
             eos,
             pad,
             vocab_size,
+            habits,
             ends: ends.into(),
             fast: OnceLock::new(),
         })
@@ -227,6 +259,37 @@ impl Tokenizer {
     /// The id of a special token by its name, such as `unk_token`.
     pub fn special_id(&self, name: &str) -> Option<u32> {
         self.id(self.special.get(name)?)
+    }
+
+    /// Whether rows have segment ids (`token_type_ids`).
+    pub fn has_segments(&self) -> bool {
+        self.habits.segments
+    }
+
+    /// The side on which short rows are filled up.
+    pub fn padding_side(&self) -> Side {
+        match self.habits.padding_left {
+            true => Side::Left,
+            false => Side::Right,
+        }
+    }
+
+    /// Whether the vocabulary writes bytes as letters, as GPT-2's does.
+    pub(crate) fn is_byte_level(&self) -> bool {
+        matches!(
+            self.inner.get_decoder(),
+            Some(tokenizers::DecoderWrapper::ByteLevel(_))
+        )
+    }
+
+    /// Whether long rows are cut off at their start.
+    pub(crate) fn truncates_left(&self) -> bool {
+        self.habits.truncation_left
+    }
+
+    /// The machinery beneath, without truncation and padding.
+    pub(crate) fn machinery(&self) -> &tokenizers::Tokenizer {
+        &self.inner
     }
 
     /// The special tokens by name, as templates see them.
@@ -332,6 +395,34 @@ impl Tokenizer {
                 self.vocab_size
             ))),
         }
+    }
+}
+
+impl Habits {
+    fn of(dir: &Path, config: &Map<String, Value>) -> Result<Self> {
+        let path = dir.join("tokenizer_config.json");
+        let left = |key: &str| match config.get(key).and_then(Value::as_str) {
+            None if config.get(key).is_none_or(Value::is_null) => Ok(false),
+            Some("right") => Ok(false),
+            Some("left") => Ok(true),
+            _ => Err(Error::file(
+                &path,
+                format!("{key} must be `left` or `right`, not {}", config[key]),
+            )),
+        };
+        let segments = match config.get("model_input_names") {
+            Some(Value::Array(names)) => names.iter().any(|name| name == "token_type_ids"),
+            _ => {
+                let class = config.get("tokenizer_class").and_then(Value::as_str);
+                let class = class.unwrap_or_default();
+                SEGMENTED.contains(&class.strip_suffix("Fast").unwrap_or(class))
+            }
+        };
+        Ok(Self {
+            segments,
+            padding_left: left("padding_side")?,
+            truncation_left: left("truncation_side")?,
+        })
     }
 }
 
@@ -513,6 +604,61 @@ fn special_tokens(dir: &Path, config: &Map<String, Value>) -> Result<BTreeMap<St
     Ok(special)
 }
 
+/// The special tokens that classes of `transformers` have where no file names them.
+const DEFAULTS: [(&str, &[(&str, &str)]); 3] = [
+    (
+        "Bert",
+        &[
+            ("unk_token", "[UNK]"),
+            ("sep_token", "[SEP]"),
+            ("pad_token", "[PAD]"),
+            ("cls_token", "[CLS]"),
+            ("mask_token", "[MASK]"),
+        ],
+    ),
+    (
+        "Roberta",
+        &[
+            ("bos_token", "<s>"),
+            ("eos_token", "</s>"),
+            ("unk_token", "<unk>"),
+            ("sep_token", "</s>"),
+            ("pad_token", "<pad>"),
+            ("cls_token", "<s>"),
+            ("mask_token", "<mask>"),
+        ],
+    ),
+    (
+        "T5",
+        &[
+            ("eos_token", "</s>"),
+            ("unk_token", "<unk>"),
+            ("pad_token", "<pad>"),
+        ],
+    ),
+];
+
+/// Adds what a tokenizer's class says and no file does, as far as the vocabulary has it.
+fn add_defaults(
+    special: &mut BTreeMap<String, String>,
+    inner: &tokenizers::Tokenizer,
+    config: &Map<String, Value>,
+) {
+    let class = config.get("tokenizer_class").and_then(Value::as_str);
+    let class = class.unwrap_or_default();
+    let class = class.strip_suffix("Fast").unwrap_or(class);
+    let class = class.strip_suffix("Tokenizer").unwrap_or(class);
+    let known = DEFAULTS.iter().find(|(name, _)| *name == class);
+    for (name, token) in known.map_or(&[][..], |(_, tokens)| tokens) {
+        // A name that is there with null was taken away on purpose.
+        if !config.contains_key(*name) && inner.token_to_id(token).is_some() {
+            special
+                .entry((*name).to_owned())
+                .or_insert_with(|| (*token).to_owned());
+        }
+    }
+}
+
 /// The chat templates by name; a single one is named `default`.
 fn templates(
     dir: &Path,
@@ -614,11 +760,11 @@ pub(crate) fn readable_by_all(_: &fs::File) -> std::io::Result<()> {
 }
 
 /// Turns a panic of `tokenizers` over a strange configuration into an error.
-fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+pub(crate) fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
     catch_unwind(AssertUnwindSafe(work))
         .unwrap_or_else(|_| Err("the tokenizers library broke down over this configuration".into()))
 }
 
-fn refused(error: Box<dyn std::error::Error + Send + Sync>) -> Error {
+pub(crate) fn refused(error: Box<dyn std::error::Error + Send + Sync>) -> Error {
     Error::Tokenizer(error.to_string())
 }

@@ -2,8 +2,12 @@
 //!
 //! `PROPTEST_CASES=20000 cargo test -p peft-data --test fuzz` for a long run.
 
+mod harm;
+
 use std::fs;
 use std::path::PathBuf;
+
+use harm::{apply, cases, harms};
 
 use peft_data::{ChatTemplate, Message, Options, RenderOptions, Tokenizer, pieces, prepare};
 use proptest::prelude::*;
@@ -14,85 +18,6 @@ fn fixtures() -> PathBuf {
 
 fn tokenizer() -> Tokenizer {
     Tokenizer::open(&fixtures().join("tokenizer")).unwrap()
-}
-
-/// What may happen to a file.
-#[derive(Debug, Clone)]
-enum Harm {
-    Set(usize, u8),
-    Insert(usize, Vec<u8>),
-    Cut(usize),
-    Remove(usize, usize),
-    Repeat(usize, usize),
-}
-
-fn harm() -> impl Strategy<Value = Harm> {
-    let words: Vec<&[u8]> = vec![
-        b"null",
-        b"[[[[",
-        b"{}",
-        b"-1",
-        b"1e999",
-        b"\"",
-        b"\\u0000",
-        b"\xff\xfe",
-        b"\0",
-        b"\n",
-        b"{%",
-        b"%}",
-        b"{{",
-        b"}}",
-        b"[::-1]",
-        b" in ",
-        b"18446744073709551616",
-        b"\xf0\x9f\x91\xa9",
-        b"\"id\": 4294967295",
-        b"<|im_end|>",
-        b"\\ud800",
-    ];
-    prop_oneof![
-        (any::<usize>(), any::<u8>()).prop_map(|(at, byte)| Harm::Set(at, byte)),
-        (any::<usize>(), prop::sample::select(words))
-            .prop_map(|(at, word)| Harm::Insert(at, word.to_vec())),
-        any::<usize>().prop_map(Harm::Cut),
-        (any::<usize>(), 1..40usize).prop_map(|(at, length)| Harm::Remove(at, length)),
-        (any::<usize>(), 1..200usize).prop_map(|(at, length)| Harm::Repeat(at, length)),
-    ]
-}
-
-fn apply(mut bytes: Vec<u8>, harms: &[Harm]) -> Vec<u8> {
-    for harm in harms {
-        let length = bytes.len().max(1);
-        let from = |at: &usize| at % length;
-        match harm {
-            Harm::Set(at, byte) => {
-                if let Some(old) = bytes.get_mut(from(at)) {
-                    *old = *byte;
-                }
-            }
-            Harm::Insert(at, word) => {
-                let at = from(at).min(bytes.len());
-                bytes.splice(at..at, word.iter().copied());
-            }
-            Harm::Cut(at) => bytes.truncate(from(at)),
-            Harm::Remove(at, count) => {
-                let at = from(at).min(bytes.len());
-                let end = (at + count).min(bytes.len());
-                bytes.drain(at..end);
-            }
-            Harm::Repeat(at, count) => {
-                let at = from(at).min(bytes.len());
-                let end = (at + count).min(bytes.len());
-                let copy = bytes[at..end].to_vec();
-                bytes.splice(at..at, copy);
-            }
-        }
-    }
-    bytes
-}
-
-fn harms() -> impl Strategy<Value = Vec<Harm>> {
-    prop::collection::vec(harm(), 1..6)
 }
 
 const ROWS: [(&str, &str); 6] = [
@@ -183,13 +108,6 @@ proptest! {
             Ok(())
         })?;
     }
-}
-
-fn cases() -> u32 {
-    std::env::var("PROPTEST_CASES")
-        .ok()
-        .and_then(|cases| cases.parse().ok())
-        .unwrap_or(200)
 }
 
 const TEMPLATES: [&str; 9] = [

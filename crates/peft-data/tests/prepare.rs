@@ -232,6 +232,24 @@ fn files_as_editors_leave_them() {
     assert!(data.report().warnings()[0].contains("`id`"));
 }
 
+#[test]
+fn tables_hold_the_same_rows() {
+    let tokenizer = tokenizer();
+    let rows = "\u{feff}instruction,input,output\r\n\"Say, please\",it,\"a \"\"b\"\"\nc\"\r\n";
+    let table = load(&tokenizer, "rows.csv", rows, &Options::default()).unwrap();
+    let row = r#"{"instruction": "Say, please", "input": "it", "output": "a \"b\"\nc"}"#;
+    let lines = load(&tokenizer, "rows.jsonl", row, &Options::default()).unwrap();
+    assert_eq!(table.get(0).unwrap().ids, lines.get(0).unwrap().ids);
+    assert_eq!(table.files()[0].format, "alpaca");
+    let rows = "prompt\tcompletion\na\tb\nc\td\n";
+    assert_eq!(
+        load(&tokenizer, "rows.tsv", rows, &Options::default())
+            .unwrap()
+            .len(),
+        2
+    );
+}
+
 /// Checks that a file is refused with these words.
 fn refuses(name: &str, content: impl AsRef<[u8]>, words: &[&str]) {
     let error = load(&tokenizer(), name, content, &Options::default())
@@ -246,7 +264,9 @@ fn refuses(name: &str, content: impl AsRef<[u8]>, words: &[&str]) {
 fn errors_name_file_line_and_the_nearest() {
     refuses("rows.jsonl", "", &["rows.jsonl", "empty"]);
     refuses("rows.jsonl", " \n\n", &["empty"]);
-    refuses("rows.csv", "a,b", &["`.csv`", ".jsonl"]);
+    refuses("rows.xlsx", "a,b", &["`.xlsx`", ".jsonl"]);
+    refuses("rows.csv", "a,b", &["rows.csv", "no row below"]);
+    refuses("rows.csv", "txt\na", &["rows.csv:2", "`txt` mean `text`"]);
     refuses("rows.jsnol", "{}", &["the nearest is `.json"]);
     refuses(
         "rows.jsonl",

@@ -116,12 +116,14 @@ fn may_know(from: &str, to: &str, dev: bool) -> bool {
 }
 
 /// The pairs beside each other that know each other, each with its reason.
-const NEIGHBOURS: [(&str, &str); 4] = [
+const NEIGHBOURS: [(&str, &str); 5] = [
     // A GGUF file is one of the containers that a model is read from.
     ("peft-models", "peft-gguf"),
     // The loop is where a model meets data; what it trains, it does not know.
     ("peft-train", "peft-models"),
     ("peft-train", "peft-data"),
+    // What a trained model is worth is measured while it is trained.
+    ("peft-train", "peft-metrics"),
     // Sharded training is training.
     ("peft-dist", "peft-train"),
 ];
