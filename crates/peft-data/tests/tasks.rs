@@ -253,7 +253,7 @@ fn the_wordnet_classes() {
             shown.pieces[0].token.as_str(),
             shown.pieces[1].token.as_str()
         ),
-        ("[CLS]", "swe")
+        ("[CLS]", "sw")
     );
     let (train, held_out) = data.split(Holdout::Count(60), 3).unwrap();
     assert_eq!((train.len(), held_out.len()), (540, 60));

@@ -268,9 +268,8 @@ impl<'a> Plan<'a> {
 }
 
 fn style(size: u32, colour: RGBColor, h: HPos, v: VPos) -> TextStyle<'static> {
-    TextStyle::from((FONT, size).into_font())
-        .color(&colour)
-        .pos(Pos::new(h, v))
+    let style = (FONT, size).into_font().color(&colour);
+    style.pos(Pos::new(h, v))
 }
 
 /// A colour on white: an SVG's viewer and a bitmap then agree on it.

@@ -6,10 +6,15 @@
 //! as long, then both (`longest_first`); of a question and its context only the
 //! context is, and what is cut off goes on in further windows, each with the
 //! last `stride` tokens of the one before.
+//!
+//! A text is encoded whole and cut afterwards. The library can cut while it
+//! encodes, but then (tokenizers 0.23.2) it stops at the limit: what should go
+//! on in a further window is gone, and the longer of a pair looks as short as
+//! the limit. Python's 0.23.3 cuts afterwards, too.
 
 use tokenizers::{
-    EncodeInput, Encoding, InputSequence, PostProcessor, PreTokenizerWrapper, TruncationDirection,
-    TruncationParams, TruncationStrategy,
+    EncodeInput, Encoding, InputSequence, PostProcessor, PostProcessorWrapper, PreTokenizerWrapper,
+    TruncationDirection, TruncationParams, TruncationStrategy,
 };
 
 use crate::error::{Error, Result};
@@ -17,7 +22,10 @@ use crate::tokenizer::{Tokenizer, guarded, refused};
 
 /// A tokenizer that cuts to length.
 pub(crate) struct Cutter {
-    inner: tokenizers::Tokenizer,
+    /// Neither cuts nor adds special tokens.
+    plain: tokenizers::Tokenizer,
+    /// Does both to what the other made.
+    cut: tokenizers::Tokenizer,
     max_length: usize,
     stride: usize,
     /// Words have a blank before them, also the first: see [`Cutter::words`].
@@ -59,9 +67,9 @@ impl Cutter {
         stride: usize,
         strategy: TruncationStrategy,
     ) -> Result<Self> {
-        let mut inner = tokenizer.machinery().clone();
+        let mut cut = tokenizer.machinery().clone();
         let added = |pair| {
-            let processor = inner.get_post_processor();
+            let processor = cut.get_post_processor();
             processor.map_or(0, |it| it.added_tokens(pair))
         };
         // A row needs a token beside the special ones, a pair one for each text.
@@ -87,10 +95,13 @@ impl Cutter {
             strategy,
             stride,
         };
-        inner.with_truncation(Some(params)).map_err(refused)?;
+        let mut plain = cut.clone();
+        plain.with_post_processor(None::<PostProcessorWrapper>);
+        cut.with_truncation(Some(params)).map_err(refused)?;
         Ok(Self {
-            blank: inner.get_pre_tokenizer().is_some_and(lacks_blank),
-            inner,
+            blank: plain.get_pre_tokenizer().is_some_and(lacks_blank),
+            plain,
+            cut,
             max_length,
             stride,
         })
@@ -98,20 +109,22 @@ impl Cutter {
 
     /// One text.
     pub(crate) fn single(&self, text: &str) -> Result<Encoding> {
-        self.encode(text.into())
+        self.finish(self.encode(text.into())?, None)
     }
 
     /// Two texts.
     pub(crate) fn pair(&self, first: &str, second: &str) -> Result<Encoding> {
-        self.encode((first, second).into())
+        self.finish(
+            self.encode(first.into())?,
+            Some(self.encode(second.into())?),
+        )
     }
 
     /// A question and its context: the first window, the others as its overflow.
     pub(crate) fn question(&self, question: &str, context: &str) -> Result<Encoding> {
-        let plain = guarded(|| self.inner.encode_fast(question, false)).map_err(refused)?;
-        let added = self.inner.get_post_processor();
-        let added = added.map_or(0, |it| it.added_tokens(true));
-        let taken = plain.len() + added;
+        let question = self.encode(question.into())?;
+        let added = self.cut.get_post_processor();
+        let taken = question.len() + added.map_or(0, |it| it.added_tokens(true));
         if taken + self.stride >= self.max_length {
             return Err(Error::Tokenizer(format!(
                 "the question takes {taken} of {} tokens, which leaves no room for windows that \
@@ -119,7 +132,7 @@ impl Cutter {
                 self.max_length, self.stride
             )));
         }
-        self.pair(question, context)
+        self.finish(question, Some(self.encode(context.into())?))
     }
 
     /// Words: `get_word_ids` of the result says which word a token is of.
@@ -131,12 +144,22 @@ impl Cutter {
             true => format!(" {word}"),
             false => word.clone(),
         });
-        let input: InputSequence<'_> = words.collect::<Vec<String>>().into();
-        self.encode(input.into())
+        let words: InputSequence<'_> = words.collect::<Vec<String>>().into();
+        self.finish(self.encode(words.into())?, None)
     }
 
     fn encode(&self, input: EncodeInput<'_>) -> Result<Encoding> {
-        guarded(|| self.inner.encode(input, true)).map_err(refused)
+        guarded(|| self.plain.encode(input, false)).map_err(refused)
+    }
+
+    /// Cuts to length and puts special tokens around.
+    fn finish(&self, first: Encoding, second: Option<Encoding>) -> Result<Encoding> {
+        let second = second.map(|mut second| {
+            // A post-processor sets these for the first window alone.
+            second.set_type_ids(vec![1; second.len()]);
+            second
+        });
+        guarded(|| self.cut.post_process(first, second, true)).map_err(refused)
     }
 }
 
