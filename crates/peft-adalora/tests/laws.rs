@@ -41,5 +41,10 @@ fn parts_of_the_base() {
 
 #[test]
 fn a_random_start() {
-    conforms_except::<AdaLoraConfig>(&["fresh"], &[adalora(json!({"init_lora_weights": false}))]);
+    conforms_except::<AdaLoraConfig>(
+        &["fresh"],
+        &[adalora(
+            json!({"init_lora_weights": false, "lora_alpha": 1}),
+        )],
+    );
 }

@@ -248,7 +248,10 @@ impl Adapter {
                 });
             }
         }
-        left.retain(|(key, tensor)| !copies_base(&*tuner, model, key, tensor));
+        left.retain(|(key, tensor)| {
+            !copies_base(&*tuner, model, key, tensor)
+                && !copies_whole(&*tuner, model, &self.state, key, tensor)
+        });
         if let Some((key, _)) = left.first() {
             return Err(Error::Unexpected {
                 place,
@@ -305,4 +308,41 @@ fn copies_base(tuner: &dyn Tuner, model: &mut dyn Model, key: &str, tensor: &Ten
         }
     });
     same
+}
+
+/// Whether a tensor of the file is one more copy of what a module has that is trained whole, as `peft` writes with
+/// `bias="all"`: of its bias as it is (`.modules_to_save.`), and as the base has it (`.original_module.`).
+fn copies_whole(
+    tuner: &dyn Tuner,
+    model: &mut dyn Model,
+    state: &State,
+    key: &str,
+    tensor: &Tensor,
+) -> bool {
+    let same = |other: &Tensor| {
+        other.size() == tensor.size() && other.equal(&tensor.to_kind(other.kind()))
+    };
+    if let Some((at, param)) = key.split_once(".modules_to_save.") {
+        return state.get(&format!("{at}.{param}")).is_some_and(same);
+    }
+    let Some((module, param)) = key.split_once(".original_module.") else {
+        return false;
+    };
+    let mut copied = false;
+    model.slots(&mut |at, slot| {
+        if tuner.key(at, param) == format!("{module}.{param}") {
+            let base = match (slot, param) {
+                (Slot::Conv(it), "weight") => Some(it.base().weight().shallow_clone()),
+                (Slot::Conv(it), "bias") => it.base().bias().map(Tensor::shallow_clone),
+                (Slot::Linear(it), "weight") => Some(it.base().weight()),
+                (Slot::Linear(it), "bias") => it.base().bias().map(Tensor::shallow_clone),
+                (Slot::Embedding(it), "weight") => Some(it.weight().shallow_clone()),
+                (Slot::Norm(it), "weight") => Some(it.base().weight.shallow_clone()),
+                (Slot::Norm(it), "bias") => it.base().bias.as_ref().map(Tensor::shallow_clone),
+                _ => None,
+            };
+            copied = base.as_ref().is_some_and(same);
+        }
+    });
+    copied
 }

@@ -239,7 +239,6 @@ mod tests {
             shape: shape.to_vec(),
             bias: false,
             transposed: false,
-            groups: 1,
             held: Vec::new(),
         };
         Outline {

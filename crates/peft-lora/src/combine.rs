@@ -877,7 +877,7 @@ fn configuration(parts: &[Part], python: bool) -> Result<LoraConfig> {
         ..first.config.clone()
     };
     for part in parts {
-        for at in part.places().filter(|at| config.selection().saves(at)) {
+        if let Some(at) = part.places().find(|at| config.selection().saves(at)) {
             return Err(LoraConfig::fault(format!(
                 "`{at}` has factors in {}, and another adapter has it whole, in modules_to_save; the two cannot be combined",
                 part.label

@@ -178,7 +178,7 @@ impl Changes {
 
     fn linear(&mut self, at: &str, it: &Linear, name: &str) -> Result<()> {
         let base = it.base();
-        let held: Vec<State> = it.adapters(name).map(|it| tensors(it)).collect();
+        let held: Vec<State> = it.adapters(name).map(tensors).collect();
         let whole = held.iter().any(|it| it.contains_key(WHOLE[0]));
         let kind = match whole {
             true => base.weight().kind(),
@@ -221,7 +221,7 @@ impl Changes {
 
     fn embedding(&mut self, at: &str, it: &Embedding, name: &str) -> Result<()> {
         let base = it.weight();
-        let held: Vec<State> = it.adapters(name).map(|it| tensors(it)).collect();
+        let held: Vec<State> = it.adapters(name).map(tensors).collect();
         if held.is_empty() {
             return Ok(());
         }

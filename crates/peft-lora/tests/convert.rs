@@ -260,10 +260,11 @@ fn stretched(at: &str, slot: Slot<'_>) {
 fn a_foreign_method_with_its_biases() {
     for norm in [false, true] {
         let mut model = with(&|at, mut slot| {
-            if let Slot::Norm(it) = &mut slot {
-                if norm && it.base().bias.is_some() {
-                    it.attach("a", Box::new(Other(0.0, 0.25)));
-                }
+            if let Slot::Norm(it) = &mut slot
+                && norm
+                && it.base().bias.is_some()
+            {
+                it.attach("a", Box::new(Other(0.0, 0.25)));
             }
             stretched(at, slot);
         });

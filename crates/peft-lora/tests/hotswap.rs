@@ -115,10 +115,10 @@ fn replaced_by_another_kind() {
     new.replace("style", &mut model).unwrap();
     let mut places = Vec::new();
     model.slots(&mut |at, slot| {
-        if let Slot::Linear(it) = slot {
-            if it.adapters("style").next().is_some() {
-                places.push(at.to_owned());
-            }
+        if let Slot::Linear(it) = slot
+            && it.adapters("style").next().is_some()
+        {
+            places.push(at.to_owned());
         }
     });
     assert_eq!(places, ["blocks.1.v_proj", "blocks.1.o_proj", "lm_head"]);

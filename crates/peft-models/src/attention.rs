@@ -18,8 +18,20 @@ pub(crate) enum Mask {
     All,
     /// Themselves and what is before them, with nothing in the cache.
     Causal,
-    /// `[batch or 1, heads or 1, new, past + new]`, added to the scores: −∞ where a position is hidden.
-    Added(Tensor),
+    /// Not everything.
+    Added(Added),
+}
+
+/// What is added to the scores of attention.
+#[derive(Debug)]
+pub(crate) struct Added {
+    /// `[batch or 1, heads or 1, new, past + new]`: −∞ where a position is hidden.
+    scores: Tensor,
+    /// Positions that see nothing, padding before a text: `[batch, new, 1, 1]`.
+    ///
+    /// Their sums are 0/0, which would spoil others through 0 · NaN. They see themselves, and their result is made 0, as
+    /// libtorch makes it: a softmax over the positions of a text, as answers have it, counts them.
+    blind: Option<Tensor>,
 }
 
 impl Mask {
@@ -36,8 +48,7 @@ impl Mask {
                 return Mask::Causal;
             }
         }
-        let seen = backwards((new, past), padding, window, like.device());
-        Mask::Added(added(&seen, like.kind()))
+        Mask::Added(backwards((new, past), padding, window, like))
     }
 
     /// The mask of a decoder whose scores have a `bias` of their own `[1, heads, new, past + new]`.
@@ -45,18 +56,18 @@ impl Mask {
         let new = bias.size()[2];
         let padding = attention_mask.filter(|it| hides(it));
         if new == 1 && padding.is_none() {
-            return Mask::Added(bias.shallow_clone());
+            return Mask::All.and(bias);
         }
-        let seen = backwards((new, past), padding, None, bias.device());
-        Mask::Added(bias + added(&seen, bias.kind()))
+        Mask::Added(backwards((new, past), padding, None, bias)).and(bias)
     }
 
     /// The same scores with `bias` `[1, heads, new, keys]` added.
     pub(crate) fn and(self, bias: &Tensor) -> Mask {
-        match self {
-            Mask::Added(mask) => Mask::Added(bias + mask),
-            _ => Mask::Added(bias.shallow_clone()),
-        }
+        let (scores, blind) = match self {
+            Mask::Added(it) => (bias + it.scores, it.blind),
+            _ => (bias.shallow_clone(), None),
+        };
+        Mask::Added(Added { scores, blind })
     }
 
     /// The mask of `new` positions that see every token of `attention_mask` `[batch, keys]`, before and behind them.
@@ -68,33 +79,41 @@ impl Mask {
         // A row of nothing but padding would be 0/0, and spoil others through 0 · NaN: it sees itself.
         let empty = real.any_dim(1, true).logical_not();
         let seen = real.logical_or(&empty).unsqueeze(1).unsqueeze(1); // [batch, 1, 1, keys]
-        Mask::Added(added(&seen, kind).expand([-1, -1, new, -1], false))
+        Mask::Added(Added {
+            scores: added(&seen, kind).expand([-1, -1, new, -1], false),
+            blind: None,
+        })
     }
 }
 
-/// Which of the positions before it and itself each new one sees: `[batch or 1, 1, new, past + new]`.
+/// Each new position sees those before it and itself; like: has the dtype and the device of the scores.
 fn backwards(
     (new, past): (i64, i64),
     padding: Option<&Tensor>,
     window: Option<i64>,
-    device: Device,
-) -> Tensor {
-    let total = past + new;
+    like: &Tensor,
+) -> Added {
+    let (total, device) = (past + new, like.device());
     let line = |from: i64| Tensor::arange_start(from, total, (Kind::Int64, device));
     let (query, key) = (line(past).unsqueeze(1), line(0).unsqueeze(0));
     let mut seen = key.le_tensor(&query); // [new, total]
     if let Some(window) = window {
         seen = seen.logical_and(&key.gt_tensor(&(&query - window)));
     }
-    let seen = seen.unsqueeze(0).unsqueeze(0); // [1, 1, new, total]
-    match padding {
-        None => seen,
-        Some(padding) => {
-            let real = padding.ne(0).unsqueeze(1).unsqueeze(1); // [batch, 1, 1, total]
-            // A row that sees nothing would be 0/0, and spoil others through 0 · NaN: it sees itself.
-            let own = key.eq_tensor(&query);
-            seen.logical_and(&real).logical_or(&own)
+    let mut seen = seen.unsqueeze(0).unsqueeze(0); // [1, 1, new, total]
+    let mut blind = None;
+    if let Some(padding) = padding {
+        let real = padding.ne(0).unsqueeze(1).unsqueeze(1); // [batch, 1, 1, total]
+        seen = seen.logical_and(&real);
+        let empty = seen.any_dim(3, true).logical_not(); // [batch, 1, new, 1]
+        if empty.any().int64_value(&[]) != 0 {
+            seen = seen.logical_or(&key.eq_tensor(&query).logical_and(&empty));
+            blind = Some(empty.transpose(1, 2));
         }
+    }
+    Added {
+        scores: added(&seen, like.kind()),
+        blind,
     }
 }
 
@@ -142,12 +161,17 @@ pub(crate) fn attend(
         Some((cache, layer)) => cache.append(layer, &key, &value),
     };
     let added = match mask {
-        Mask::Added(tensor) => Some(tensor),
+        Mask::Added(it) => Some(it),
         _ => None,
     };
+    let scores = added.map(|it| &it.scores);
+    let blind = added.and_then(|it| it.blind.as_ref());
     let causal = matches!(mask, Mask::Causal);
     let dropout = if ctx.train { heads.dropout } else { 0.0 };
-    let y = attention([&query, &key, &value], heads.scale, causal, added, dropout);
+    let mut y = attention([&query, &key, &value], heads.scale, causal, scores, dropout);
+    if let Some(blind) = blind {
+        y = y.masked_fill(blind, 0.0);
+    }
     let size = y.size();
     y.reshape([size[0], size[1], size[2] * size[3]])
 }

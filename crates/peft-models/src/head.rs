@@ -247,11 +247,16 @@ impl<'a> Maker<'a> {
         tied: bool,
     ) -> Result<Named<Linear>> {
         let (vocab, width) = (embed.size()[0], embed.size()[1]);
+        // An untied model has two, of which the first is added and the second only kept.
         let keys = [format!("{at}.bias"), bias_key(at)];
-        let bias = match keys.iter().find(|it| self.weights.has(it)) {
-            Some(key) => self.weights.tensor(key, &[vocab])?,
-            None => self.zeros(&keys[1], vocab),
-        };
+        let mut bias = None;
+        for key in &keys {
+            if self.weights.has(key) {
+                let found = self.weights.tensor(key, &[vocab])?;
+                bias.get_or_insert(found);
+            }
+        }
+        let bias = bias.unwrap_or_else(|| self.zeros(&keys[1], vocab));
         let own = format!("{at}.weight");
         let layer = if tied || self.weights.has(&own) {
             output(self.weights, at, embed, tied, Some(bias))?

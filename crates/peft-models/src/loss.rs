@@ -54,8 +54,9 @@ pub fn causal_loss(model: &dyn Decoder, input: &Input, labels: &Tensor, ctx: Ctx
 
 /// The hidden vectors that predict something `[n, hidden]`, and what they predict `[n]`.
 ///
-/// labels: `[batch, seq]`; hidden may have more positions in front of them.
+/// labels: `[batch, seq]`; hidden may have more positions in front of them, the last of which predicts the first label.
 pub fn labelled(hidden: &Tensor, labels: &Tensor) -> (Tensor, Tensor) {
+    let labels = beside(hidden, labels);
     let (batch, seq) = (labels.size()[0], labels.size()[1]);
     let next = labels.narrow(1, 1, seq - 1); // [batch, seq - 1]
     let last = Tensor::full([batch, 1], IGNORE, (Kind::Int64, labels.device()));
@@ -64,16 +65,19 @@ pub fn labelled(hidden: &Tensor, labels: &Tensor) -> (Tensor, Tensor) {
 
 /// The same where each position predicts its own label.
 pub(crate) fn labelled_here(hidden: &Tensor, labels: &Tensor) -> (Tensor, Tensor) {
-    let size = hidden.size();
-    let ahead = size[1] - labels.size()[1];
-    let targets = match ahead {
-        0 => labels.shallow_clone(),
-        _ => labels.pad([ahead, 0], "constant", IGNORE as f64),
-    };
-    let targets = targets.reshape([-1]); // [batch · seq]
+    let targets = beside(hidden, labels).reshape([-1]); // [batch · seq]
     let at = targets.ne(IGNORE).nonzero().view([-1]);
-    let rows = hidden.reshape([-1, size[2]]).index_select(0, &at);
+    let width = hidden.size()[2];
+    let rows = hidden.reshape([-1, width]).index_select(0, &at);
     (rows, targets.index_select(0, &at))
+}
+
+/// Labels `[batch, seq]` as long as `hidden`, which may have positions in front that predict nothing of their own.
+fn beside(hidden: &Tensor, labels: &Tensor) -> Tensor {
+    match hidden.size()[1] - labels.size()[1] {
+        0 => labels.shallow_clone(),
+        ahead => labels.pad([ahead, 0], "constant", IGNORE as f64),
+    }
 }
 
 /// Sum of cross-entropies of `head(rows)` against `targets`; rows: `[n, hidden]`, targets: `[n]`.
@@ -191,6 +195,12 @@ pub(crate) fn rows_loss(
 ) -> Result<(Tensor, i64)> {
     let outputs = classes.names.len() as i64;
     let wide = [batch, outputs];
+    if matches!(labels, Labels::Tokens(_) | Labels::Spans { .. }) {
+        let sort = labels.sort();
+        return Err(fault(format!(
+            "labels are {sort}, expected an answer for each row"
+        )));
+    }
     match (labels, problem(classes, labels)?) {
         (Labels::Classes(targets), Problem::SingleLabel) => {
             shaped(targets, &[batch])?;

@@ -101,14 +101,19 @@ fn state(model: &mut dyn Network) -> (Vec<(String, Tensor)>, bool) {
         Slot::Linear(it) => {
             let weight = it.base().weight();
             let head = spec.output_embedding.as_deref() == Some(at);
-            let key = if head {
-                bias_key(at)
-            } else {
-                format!("{at}.bias")
-            };
-            let bias = it.base().bias().map(|b| (key, b.shallow_clone()));
-            all.extend(bias);
-            if head && spec.tied && table == Some(weight.data_ptr()) {
+            let bias = it.base().bias().map(Tensor::shallow_clone);
+            let shared = head && spec.tied && table == Some(weight.data_ptr());
+            if let Some(bias) = bias {
+                // Tied or not, `transformers` keeps the bias of such a head beside it; untied, it reads the head's own.
+                let own = format!("{at}.bias");
+                if head && bias_key(at) != own {
+                    all.push((bias_key(at), bias.shallow_clone()));
+                }
+                if !shared || bias_key(at) == own {
+                    all.push((own, bias));
+                }
+            }
+            if shared {
                 tied = true;
                 return;
             }

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use peft_core::{Ctx, Slot, State, files, tensors};
+use peft_core::{Ctx, ModelExt, Slot, State, files, tensors};
 use peft_models::{
     Cache, HeadOptions, Input, Labels, Network, OpenOptions, Problem, Sampling, Source, Task,
     generate_seq2seq, open, open_task, save,
@@ -472,7 +472,7 @@ fn batches_and_labels_that_do_not_fit_are_errors() {
     for (text, words) in [
         (
             fault("bert-classes", &ids(), &tokens(1)),
-            ["one for each token", "head is for"],
+            ["one for each token", "for each row"],
         ),
         (
             fault("bert-classes", &ids(), &Labels::Classes(one(&[0, 3]))),

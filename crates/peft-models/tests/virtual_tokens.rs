@@ -5,10 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use peft_core::{Ahead, Ctx, Model, ModelExt, Params, PromptAdapter, Slot, Visit};
+use peft_core::{
+    Ahead, Ctx, Model, ModelExt, Params, PromptAdapter, Slot, State, Visit, files, tensors,
+};
 use peft_models::{
-    Cache, Decoder, HeadOptions, Input, Labels, Memory, Network, OpenOptions, Sampling, Source,
-    Task, converse, generate, generate_seq2seq, open, open_task,
+    Cache, Decoder, HeadOptions, Input, Labels, Memory, Network, OpenOptions, Problem, Sampling,
+    Source, Task, converse, generate, generate_seq2seq, open, open_task,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -20,10 +22,16 @@ const TOKENS: i64 = 3;
 struct Fixed {
     embeds: Option<Tensor>,
     kv: Vec<(Tensor, Tensor)>,
+    /// The one parameter that the others are views of.
+    leaf: Option<Tensor>,
+    tokens: i64,
 }
 
 impl Params for Fixed {
     fn params(&self, visit: Visit<'_>) {
+        if let Some(leaf) = &self.leaf {
+            return visit("all", leaf);
+        }
         if let Some(embeds) = &self.embeds {
             visit("prompt", embeds);
         }
@@ -45,7 +53,17 @@ impl PromptAdapter for Fixed {
         }
     }
     fn tokens(&self) -> i64 {
-        TOKENS
+        self.tokens
+    }
+}
+
+/// Parameters of their own.
+fn fixed(embeds: Option<Tensor>, kv: Vec<(Tensor, Tensor)>) -> Fixed {
+    Fixed {
+        embeds,
+        kv,
+        leaf: None,
+        tokens: TOKENS,
     }
 }
 
@@ -69,14 +87,14 @@ fn attach(model: &mut (impl Model + ?Sized), adapter: Fixed) {
 
 fn embeds(model: &mut (impl Model + ?Sized)) {
     let embeds = Some(leaf(&[TOKENS, model.spec().hidden]));
-    attach(model, Fixed { embeds, kv: vec![] });
+    attach(model, fixed(embeds, vec![]));
 }
 
 fn kv(model: &mut (impl Model + ?Sized)) {
     let spec = model.spec();
     let one = || leaf(&[spec.kv_heads, TOKENS, spec.head_dim]);
     let kv = (0..spec.layers).map(|_| (one(), one())).collect();
-    attach(model, Fixed { embeds: None, kv });
+    attach(model, fixed(None, kv));
 }
 
 fn folder(name: &str) -> PathBuf {
@@ -137,13 +155,7 @@ fn embeddings_of_real_tokens_are_those_tokens() {
         let embeds = table
             .index_select(0, &front.view([-1]))
             .set_requires_grad(true);
-        attach(
-            &mut *model,
-            Fixed {
-                embeds: Some(embeds),
-                kv: vec![],
-            },
-        );
+        attach(&mut *model, fixed(Some(embeds), vec![]));
         // Positions that are given do not count.
         let odd = Tensor::from_slice2(&[[9i64, 9, 9, 9, 9, 9]]);
         for position_ids in [None, Some(odd)] {
@@ -178,7 +190,7 @@ fn keys_of_real_tokens_are_those_tokens() {
             (one(k), one(v))
         });
         let kv = kv.collect();
-        attach(&mut *model, Fixed { embeds: None, kv });
+        attach(&mut *model, fixed(None, kv));
         let line = Tensor::arange(6, (Kind::Int64, Device::Cpu)).unsqueeze(0);
         for position_ids in [None, Some(line)] {
             let input = Input {
@@ -288,7 +300,8 @@ fn text_is_the_same_with_and_without_the_cache() {
 
 #[test]
 fn rows_padded_on_the_left_are_written_as_alone_behind_keys_and_values() {
-    for name in DECODERS {
+    // Not those that look back through a window: padding lies in it between a text and what is in front of it.
+    for name in ["gpt2", "llama", "qwen3"] {
         let mut model = decoder(name);
         kv(&mut *model);
         let sampling = Sampling {
@@ -483,4 +496,231 @@ fn t5_writes_the_same_with_and_without_the_cache() {
             assert_eq!(answer.tokens, expected, "{which}");
         }
     }
+}
+
+/// One adapter of virtual tokens as Python wrote it, on its model with the head that was trained beside it.
+struct Case {
+    name: String,
+    io: State,
+    model: Box<dyn Network>,
+    /// What was trained has its gradient in `io`.
+    plain: bool,
+    /// How many virtual tokens stand among the outputs.
+    ahead: i64,
+}
+
+fn case(dir: &Path, method: &str) -> Case {
+    let json = |name: &str| files::read_json(&dir.join(name)).expect("JSON");
+    let read = |dir: &Path, name: &str| tensors::read(&dir.join(name)).expect("tensors");
+    let (config, meta) = (json("adapter_config.json"), json("meta.json"));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures");
+    let base = root.join(meta["base"].as_str().expect("a folder"));
+    let adapter = read(dir, "adapter_model.safetensors");
+    // A head that was trained is that of the model.
+    let mut weights = read(&base, "model.safetensors");
+    for (key, tensor) in &adapter {
+        if let Some(key) = key.strip_prefix("base_model.") {
+            let old = weights.insert(key.to_owned(), tensor.shallow_clone());
+            assert!(old.is_some(), "{key} is a tensor of the base");
+        }
+    }
+    let made = tempfile::tempdir().expect("a folder");
+    tensors::write(&made.path().join("model.safetensors"), &weights).expect("written");
+    std::fs::copy(base.join("config.json"), made.path().join("config.json")).expect("copied");
+    let task = meta["task"]
+        .as_str()
+        .expect("a task")
+        .parse()
+        .expect("a task");
+    let source = Source::Folder(made.path().to_owned());
+    let mut model = open_task(&source, task, options(), &HeadOptions::default()).expect("a model");
+    let number = |key: &str| config[key].as_i64().expect("a number");
+    let (n, heads) = (number("num_virtual_tokens"), number("num_attention_heads"));
+    let width = number("token_dim") / heads;
+    let flat = &adapter["prompt_embeddings"];
+    let flat = flat.copy().set_requires_grad(true);
+    let (embeds, kv) = match method {
+        "prefix" => {
+            let all = flat.view([n, -1, heads, width]).permute([1, 2, 0, 3]); // [2 · layers, heads, n, d]
+            let count = all.size()[0];
+            // Python doubles the list for an encoder-decoder and gives each layer every second pair of it.
+            let step = if task == Task::Seq2SeqLm { 4 } else { 2 };
+            let pair = |layer: i64| {
+                let at = step * layer % count;
+                (all.get(at), all.get(at + 1))
+            };
+            (None, (0..number("num_layers")).map(pair).collect())
+        }
+        // Only the first half of an encoder-decoder's is used.
+        _ => (Some(flat.narrow(0, 0, n)), vec![]),
+    };
+    let ahead = if embeds.is_some() && task != Task::Seq2SeqLm {
+        n
+    } else {
+        0
+    };
+    attach(
+        &mut *model,
+        Fixed {
+            embeds,
+            kv,
+            leaf: Some(flat),
+            tokens: n,
+        },
+    );
+    Case {
+        name: format!(
+            "{method}/{}",
+            dir.file_name().expect("a name").to_string_lossy()
+        ),
+        io: read(dir, "io.safetensors"),
+        model,
+        plain: !dir.join("state.safetensors").exists(),
+        ahead,
+    }
+}
+
+fn cases() -> impl Iterator<Item = Case> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures/methods");
+    ["prefix", "prompt", "p-tuning"]
+        .into_iter()
+        .flat_map(move |method| {
+            let entries = std::fs::read_dir(root.join(method)).expect("fixtures");
+            let mut dirs: Vec<PathBuf> = entries.map(|it| it.expect("an entry").path()).collect();
+            dirs.sort();
+            assert!(dirs.len() > 10, "the fixtures are there");
+            dirs.into_iter().map(move |dir| case(&dir, method))
+        })
+}
+
+fn python_input(io: &State, batch: &str) -> Input {
+    let get = |name: &str| {
+        io.get(&format!("{batch}.{name}"))
+            .map(Tensor::shallow_clone)
+    };
+    Input {
+        attention_mask: get("attention_mask"),
+        position_ids: get("position_ids"),
+        token_type_ids: get("token_type_ids"),
+        decoder_ids: get("decoder_input_ids"),
+        decoder_mask: get("decoder_attention_mask"),
+        ..Input::new(get("input_ids").expect("ids"))
+    }
+}
+
+fn python_labels(model: &dyn Network, io: &State, batch: &str) -> Option<Labels> {
+    let get = |name: &str| {
+        io.get(&format!("{batch}.{name}"))
+            .map(Tensor::shallow_clone)
+    };
+    if let (Some(start), Some(end)) = (get("start_positions"), get("end_positions")) {
+        return Some(Labels::Spans { start, end });
+    }
+    let labels = get("labels")?;
+    let problem = model.classes().and_then(|it| it.problem);
+    Some(match (model.task(), labels.kind()) {
+        (Task::SeqCls, Kind::Int64) => Labels::Classes(labels),
+        (Task::SeqCls, _) if problem == Some(Problem::MultiLabel) => Labels::MultiLabel(labels),
+        (Task::SeqCls, _) => Labels::Values(labels),
+        _ => Labels::Tokens(labels),
+    })
+}
+
+/// The method crates compute the virtual tokens; what a model does with them is Python's for every task.
+#[test]
+fn outputs_losses_and_gradients_are_pythons() {
+    let mut gradients = 0;
+    for mut case in cases() {
+        let what = case.name.clone();
+        for batch in ["right", "left"] {
+            let mut input = python_input(&case.io, batch);
+            let labels = python_labels(&*case.model, &case.io, batch);
+            if let Some(labels) = &labels {
+                let (sum, count) = case.model.loss(&input, labels, Ctx::EVAL).expect("a loss");
+                let loss = sum.double_value(&[]) / count as f64;
+                let expected = case.io[&format!("{batch}.loss")].double_value(&[]);
+                let off = (loss - expected).abs() / expected.abs();
+                assert!(off < TOLERANCE, "{what} {batch}: {loss} {expected}");
+                if let (true, "right", Some(expected)) =
+                    (case.plain, batch, case.io.get("grad.prompt_embeddings"))
+                {
+                    (sum / count as f64).backward();
+                    let leaf = case.model.params("virtual").remove(0).tensor;
+                    close(&leaf.grad(), expected, &format!("{what} gradient"));
+                    gradients += 1;
+                }
+            }
+            if let (Task::Seq2SeqLm, None, Some(Labels::Tokens(labels))) =
+                (case.model.task(), &input.decoder_ids, &labels)
+            {
+                let start = Tensor::zeros([2, 1], (Kind::Int64, Device::Cpu));
+                let last = labels.size()[1] - 1;
+                let ids = Tensor::cat(&[&start, &labels.narrow(1, 0, last)], 1);
+                input.decoder_ids = Some(ids.masked_fill(&ids.eq(-100), 0));
+            }
+            let got = tch::no_grad(|| case.model.outputs(&input, Ctx::EVAL).expect("outputs"));
+            let real = match case.model.task() {
+                Task::Seq2SeqLm => input.decoder_mask,
+                _ => input.attention_mask,
+            };
+            let real = real.map(|it| it.pad([case.ahead, 0], "constant", 1.0));
+            for (name, got) in got {
+                let Some(expected) = case.io.get(&format!("{batch}.{name}")) else {
+                    assert_eq!(name, "pooler_output", "{what}");
+                    continue;
+                };
+                let keep = |t: &Tensor| match &real {
+                    Some(mask) if t.size().starts_with(&mask.size()) => t
+                        .flatten(0, 1)
+                        .index_select(0, &mask.reshape([-1]).nonzero().view([-1])),
+                    _ => t.shallow_clone(),
+                };
+                close(
+                    &keep(&got),
+                    &keep(expected),
+                    &format!("{what} {batch} {name}"),
+                );
+            }
+        }
+    }
+    assert!(gradients > 10, "only {gradients} gradients to compare");
+}
+
+#[test]
+fn text_is_pythons() {
+    let mut compared = 0;
+    for case in cases() {
+        let Some(tokens) = case.io.get("greedy.tokens") else {
+            continue;
+        };
+        let rows =
+            |t: &Tensor| -> Vec<Vec<i64>> { t.to_kind(Kind::Int64).try_into().expect("rows") };
+        let (ids, mask) = (
+            &case.io["greedy.input_ids"],
+            &case.io["greedy.attention_mask"],
+        );
+        let kept = |(ids, mask): (Vec<i64>, Vec<i64>)| -> Vec<u32> {
+            let real = ids.into_iter().zip(mask).filter(|(_, m)| *m == 1);
+            real.map(|(id, _)| id as u32).collect()
+        };
+        let prompts: Vec<Vec<u32>> = rows(ids).into_iter().zip(rows(mask)).map(kept).collect();
+        let sampling = Sampling {
+            max_new_tokens: tokens.size()[1] as usize,
+            ..Sampling::default()
+        };
+        let mut quiet = |_: usize, _: u32| ControlFlow::Continue(());
+        let answers = match (case.model.decoder(), case.model.seq2seq()) {
+            (Some(model), _) => generate(model, &prompts, &sampling, &mut quiet),
+            (_, Some(model)) => generate_seq2seq(model, &prompts, &sampling, &mut quiet),
+            _ => panic!("{}: a model that does not write", case.name),
+        };
+        let got: Vec<Vec<i64>> = answers
+            .expect("text")
+            .into_iter()
+            .map(|it| it.tokens.into_iter().map(i64::from).collect())
+            .collect();
+        assert_eq!(got, rows(tokens), "{}", case.name);
+        compared += 1;
+    }
+    assert!(compared > 10, "only {compared} texts to compare");
 }

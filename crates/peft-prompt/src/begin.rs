@@ -23,7 +23,7 @@ pub(crate) fn random(words: &Tensor, rows: i64, width: i64) -> Result<Tensor> {
 
 /// Embeddings of random tokens `[rows, width]`; words: `[vocab, width]`.
 pub(crate) fn sampled(words: &Tensor, rows: i64, width: i64) -> Result<Tensor> {
-    let _ = random(words, rows, width)?; // Python's table exists before its rows are replaced.
+    drop(random(words, rows, width)?); // Python's table exists before its rows are replaced.
     let vocab = words.size()[0];
     let ids = Tensor::f_randint(vocab, [rows], (Kind::Int64, words.device()))?;
     Ok(words.detach().f_index_select(0, &ids)?.to_kind(Kind::Float))

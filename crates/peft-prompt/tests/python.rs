@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use peft_core::{
-    Adapter, Common, Ctx, Model, ModelExt, Param, PromptSlot, Slot, Spec, Start, State, tensors,
+    Adapter, Common, Ctx, Model, ModelExt, Param, PromptSlot, Slot, Spec, Start, State, Tuner,
+    tensors,
 };
 use peft_prompt::{EncoderType, PromptConfig, PromptInit, PtuningConfig};
 use peft_testing::{close, same_bits};
@@ -229,7 +230,8 @@ fn a_loaded_encoder_is_its_rows_and_takes_no_gradient() {
     let mut again = Place::new(words);
     again.dress("default", &config, Start::Saved).unwrap();
     adapter.fill("default", &mut again).unwrap();
-    assert!(same_bits(&again.embeds(), &model.embeds()));
+    // libtorch has another LSTM where nobody asks for gradients, and files are made with that one.
+    assert!(same_bits(&again.embeds(), &tch::no_grad(|| model.embeds())));
     assert!(again.trainable("default").is_empty());
 }
 

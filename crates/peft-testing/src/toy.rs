@@ -210,7 +210,7 @@ impl Look {
             q: random(&[HIDDEN, HEADS * HEAD], 0.4),
             k: random(&[HIDDEN, HEAD], 0.4),
             v: random(&[HIDDEN, HEAD], 0.4),
-            o: random(&[HEADS * HEAD, HIDDEN], 0.4),
+            o: random(&[HEADS * HEAD, HIDDEN], 0.15),
         }
     }
 

@@ -30,4 +30,6 @@ pub use attention::attention;
 pub use function::{Function, apply, backward, vjp};
 pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
 pub use low_rank::add_low_rank;
-pub use ops::{add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, scale, scale_, swiglu};
+pub use ops::{
+    add_, add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, scale, scale_, swiglu,
+};

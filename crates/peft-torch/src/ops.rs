@@ -113,6 +113,33 @@ impl Function for Scale {
     }
 }
 
+/// `y + delta` in the memory of y, which is used up, rounded once to its dtype; both of one shape. Differentiable in both.
+///
+/// # Panics
+/// If the shapes do not fit together.
+pub fn add_(y: Tensor, delta: &Tensor) -> Tensor {
+    let [sum] = apply(&[&y, delta], || {
+        ([y.detach().g_add_(delta)], Add(delta.kind()))
+    });
+    sum
+}
+
+struct Add(Kind);
+
+impl Function for Add {
+    fn backward(
+        &self,
+        grads: &[Option<Tensor>],
+        _: &[bool],
+    ) -> Result<Vec<Option<Tensor>>, TchError> {
+        let g = grads[0].as_ref();
+        Ok(vec![
+            g.map(Tensor::shallow_clone),
+            g.map(|g| g.to_kind(self.0)),
+        ])
+    }
+}
+
 /// `y + row` in the memory of y, which is used up; y: `[.., out]`, row: `[out]`. Differentiable in both.
 ///
 /// # Panics

@@ -1,8 +1,8 @@
 //! Each kernel against the formula in libtorch's own operations, values and gradients, odd sizes, both dtypes.
 
 use peft_torch::{
-    AdamW, Moments, cross_entropy_, gelu_tanh, gemv, linear, memory, rms_norm, rng, rope, scale,
-    scale_, set_fast_fp32, swiglu, vjp,
+    AdamW, Moments, add_, cross_entropy_, gelu_tanh, gemv, linear, memory, rms_norm, rng, rope,
+    scale, scale_, set_fast_fp32, swiglu, vjp,
 };
 use tch::{Device, Kind, Reduction, Tensor};
 
@@ -411,6 +411,28 @@ fn a_mask_may_differ_from_head_to_head_and_be_trained() {
             &[q, k, v, bias.copy()],
             |t| peft_torch::attention([&t[0], &t[1], &t[2]], 0.7, false, Some(&masked(&t[3])), 0.0),
             plain,
+        );
+    }
+}
+
+#[test]
+fn a_sum_in_place_has_both_gradients() {
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let leaf = |kind| random(&[3, 5], kind).set_requires_grad(true);
+        let (x, delta, g) = (leaf(kind), leaf(Kind::Float), random(&[3, 5], kind));
+        let y = &x * 2.0;
+        let at = y.data_ptr();
+        let sum = add_(y, &delta);
+        assert!(sum.data_ptr() == at && sum.kind() == kind);
+        let exact = (x.detach() * 2.0).to_kind(Kind::Float) + delta.detach();
+        assert!(sum.equal(&exact.to_kind(kind)));
+        let grads = vjp(&[&sum], &[&g], &[&x, &delta]).expect("a backward pass");
+        assert!(grads[0].as_ref().expect("a gradient").equal(&(&g * 2.0)));
+        assert!(
+            grads[1]
+                .as_ref()
+                .expect("a gradient")
+                .equal(&g.to_kind(Kind::Float))
         );
     }
 }

@@ -4,7 +4,7 @@
 //! for each vector the numbers that it scaled, r and out a row.
 
 use peft_core::{Beneath, Ctx, LinearAdapter, LinearOp, Params, Plain, Result, Visit};
-use peft_torch::{linear, rng, scale};
+use peft_torch::{add_, linear, rng, scale};
 use tch::{Device, Kind, Tensor};
 
 /// On-disk names: of a layer, and of the model.
@@ -105,7 +105,7 @@ impl Scaled {
 
 impl LinearAdapter for Scaled {
     fn forward(&self, x: &Tensor, beneath: Beneath<'_>, ctx: Ctx) -> Tensor {
-        let mut y = beneath.forward(x);
+        let y = beneath.forward(x);
         let x = x.to_kind(Kind::Float);
         let x = match ctx.train && self.dropout > 0.0 {
             true => x.dropout(self.dropout, true),
@@ -114,7 +114,7 @@ impl LinearAdapter for Scaled {
         let (a, b) = self.part(x.size()[x.dim() - 1]);
         let h = scale(&linear(&x, &a, None), &self.lambda_d); // [.., r]
         let delta = scale(&linear(&h, &b, None), &self.lambda_b); // [.., out]
-        y.g_add_(&delta)
+        add_(y, &delta)
     }
 
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {

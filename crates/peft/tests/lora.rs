@@ -1,14 +1,16 @@
 //! LoRA on every model, against Python's numbers: each folder of `fixtures/lora` is loaded as a user would load it
 //! and must give Python's logits (adapted, switched off, merged), loss, gradients and five steps of AdamW.
 
+mod common;
+
 use std::path::Path;
 
+use common::{Check, Trained, all_hold, descend, said};
 use peft::{
-    AdamW, Adapter, Ctx, Decoder, Input, ModelExt, OpenOptions, causal_loss, open,
+    Adapter, Ctx, Decoder, Input, ModelExt, OpenOptions, causal_loss, open,
     tch::{Kind, Tensor},
-    torch::Moments,
 };
-use peft_testing::{agree, distance, fixtures::Case, same_bits};
+use peft_testing::{agree, fixtures::Case, same_bits};
 
 const TOLERANCE: f64 = 1e-5;
 /// All cases but one hold 1e-5. In `llama__target-regex-lookbehind`, `layers.1.self_attn.k_proj.lora_B` is 1.8e-5 from
@@ -16,30 +18,15 @@ const TOLERANCE: f64 = 1e-5;
 /// move by one place. `fixtures/interop.py` measures that.
 const GRADIENT_TOLERANCE: f64 = 2e-5;
 
-type Check = Result<(), String>;
-
-/// Runs every case whose name begins with `prefix` and is not left to a longer one; tells of all that fail.
+/// Runs every case whose name begins with `prefix` and is not left to a longer one.
 fn check(prefix: &str, longer: &[&str]) {
-    tch::set_num_threads(1);
     let all = peft_testing::fixtures::cases("lora");
-    let chosen =
-        |name: &str| name.starts_with(prefix) && !longer.iter().any(|it| name.starts_with(it));
-    let (mut count, mut failures) = (0, Vec::new());
-    for case in all.iter().filter(|case| chosen(&case.name)) {
-        count += 1;
-        for check in [numbers, gradients_and_steps, half_precision, saved_again] {
-            if let Err(message) = check(case) {
-                failures.push(format!("{}: {message}", case.name));
-            }
-        }
-    }
-    assert!(count > 0, "no fixtures begin with {prefix}");
-    assert!(
-        failures.is_empty(),
-        "{} failures\n{}",
-        failures.len(),
-        failures.join("\n")
-    );
+    let chosen = |case: &&Case| {
+        case.name.starts_with(prefix) && !longer.iter().any(|it| case.name.starts_with(it))
+    };
+    let cases: Vec<&Case> = all.iter().filter(chosen).collect();
+    let checks = [numbers, gradients_and_steps, half_precision, saved_again];
+    all_hold(prefix, &cases, &checks);
 }
 
 #[test]
@@ -117,10 +104,6 @@ fn qwen3() {
 }
 
 type Model = Box<dyn Decoder>;
-
-fn said(error: impl std::fmt::Display) -> String {
-    error.to_string()
-}
 
 fn bare(case: &Case, kind: Kind) -> Result<Model, String> {
     let options = OpenOptions {
@@ -229,13 +212,6 @@ fn numbers(case: &Case) -> Check {
     }
 }
 
-/// One trained tensor, under the key that Python's gradients have.
-struct Trained {
-    key: String,
-    tensor: Tensor,
-    decays: bool,
-}
-
 fn trained(model: &mut Model, case: &Case) -> Vec<Trained> {
     let no_decay: Vec<&str> = case.meta["no_decay"]
         .as_array()
@@ -264,40 +240,21 @@ fn trained(model: &mut Model, case: &Case) -> Vec<Trained> {
 fn gradients_and_steps(case: &Case) -> Check {
     let mut model = adapted(case, Kind::Float)?;
     let mut trained = trained(&mut model, case);
-    // Dropout is off in the measurement, so this is evaluation with gradients.
+    // Python's optimiser holds tensors that share memory twice and steps them twice: no steps there.
     let shared = case.meta["shared_memory"]
         .as_array()
         .is_some_and(|it| !it.is_empty());
-    let mut moments: Vec<Moments> = trained.iter().map(|it| Moments::new(&it.tensor)).collect();
-    let mut losses = Vec::new();
-    for step in 0..6 {
-        let value = loss(&model, case, "right", Ctx::EVAL);
-        losses.push(value.double_value(&[]) as f32);
-        for it in &mut trained {
-            it.tensor.zero_grad();
-        }
-        value.backward();
-        if step == 0 {
-            gradients(case, &trained)?;
-        }
-        if shared {
-            // Python's optimiser holds such a tensor twice and steps it twice.
-            return Ok(());
-        }
-        let each = trained.iter_mut().zip(&mut moments);
-        let (decaying, plain): (Vec<_>, Vec<_>) = each.partition(|(it, _)| it.decays);
-        for (group, decay) in [(decaying, 0.1), (plain, 0.0)] {
-            let mut group: Vec<_> = group
-                .into_iter()
-                .map(|(it, m)| (&mut it.tensor, m))
-                .collect();
-            AdamW::default()
-                .step(&mut group, 1e-2, decay)
-                .map_err(said)?;
-        }
+    let steps = if shared { 0 } else { 5 };
+    // Dropout is off in the measurement, so this is evaluation with gradients.
+    let loss = || Ok(loss(&model, case, "right", Ctx::EVAL));
+    let losses = descend(&mut trained, steps, &loss, &|trained| {
+        gradients(case, trained)
+    })?;
+    if shared {
+        return Ok(());
     }
     agree(
-        &Tensor::from_slice(&losses),
+        &losses,
         case.tensor("step_losses"),
         TOLERANCE,
         "step_losses",
@@ -305,31 +262,13 @@ fn gradients_and_steps(case: &Case) -> Check {
 }
 
 fn gradients(case: &Case, trained: &[Trained]) -> Check {
-    let largest = |t: &Tensor| t.abs().max().double_value(&[]);
-    let wanted = case
+    let all = case
         .io
-        .keys()
-        .filter(|key| key.starts_with("grad.") || key.starts_with("second.grad."));
-    let scale = wanted.map(|key| largest(&case.io[key])).fold(0.0, f64::max);
-    for it in trained {
-        let Some(expected) = python_gradient(case, &it.key) else {
-            return Err(format!("Python has no `{}`", it.key));
-        };
-        let grad = it.tensor.grad();
-        if !grad.defined() {
-            if largest(&expected) > 0.0 {
-                return Err(format!("no gradient reaches `{}`", it.key));
-            }
-            continue;
-        }
-        // Relative to the largest of the tensor, but not finer than a tenth of the largest of all allows.
-        let own = largest(&expected).max(0.1 * scale);
-        let off = distance(&grad, &expected) * largest(&expected).max(1e-12) / own;
-        if off > GRADIENT_TOLERANCE {
-            return Err(format!("`{}` is off by {off:.1e}", it.key));
-        }
-    }
-    Ok(())
+        .iter()
+        .filter(|(key, _)| key.starts_with("grad.") || key.starts_with("second.grad."));
+    let all: Vec<&Tensor> = all.map(|(_, grad)| grad).collect();
+    let python = |key: &str| python_gradient(case, key);
+    common::gradients(trained, &all, &python, GRADIENT_TOLERANCE)
 }
 
 /// Python's gradient; where a head shares factors, the sum of both (transposed) halves.

@@ -22,7 +22,7 @@ pub struct TaskBatch {
 }
 
 /// The labels of a batch.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub enum Targets {
     /// A class each, `[rows]`.
     Classes(Vec<i64>),
@@ -59,12 +59,9 @@ pub enum Targets {
     },
     /// The token that was hidden, elsewhere [`IGNORED`](crate::IGNORED), `[rows, cols]`.
     Hidden(Vec<i64>),
-}
-
-impl Default for Targets {
-    fn default() -> Self {
-        Targets::Classes(Vec::new())
-    }
+    /// Nothing: the rows are only to be answered.
+    #[default]
+    None,
 }
 
 /// How rows are laid out.

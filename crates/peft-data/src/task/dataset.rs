@@ -1,61 +1,51 @@
-//! From data files to rows of a task: read, understand the labels, tokenise.
+//! Rows of a task, and batches of them.
 //!
-//! In this order, because the labels of all rows together say what they are and
-//! tokens do not depend on it. Rows are kept in memory: data with labels is
-//! small beside the prose that causal models eat, and takes a second to
-//! tokenise. One example is one row, but for a context that is too long, and a
-//! text to fill in: they go on in further rows, and nothing of them is lost.
+//! They are kept in memory, end to end: data with labels is small beside the
+//! prose that causal models eat, and takes a second to tokenise.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
-
-use rayon::prelude::*;
-use tokenizers::Encoding;
 
 use super::batch::{Frame, Targets, TaskBatch};
-use super::encode::Cutter;
-use super::labels::{Understood, tags, understand};
 use super::mask::{EVALUATION, Masking};
-use super::row::{Answer, Label, Layout, Said};
-use super::spans::{Found, Places, Question, Scored, Search, search, span};
-use super::{Problem, Task, TaskOptions};
+use super::spans::{Found, Places, Question, Scored, Search, search};
+use super::{Problem, Task};
 use crate::batch::{Holdout, IGNORED, Side, split};
 use crate::error::{Error, Result};
-use crate::format::{first_row, object};
-use crate::prepare::{FileReport, Progress};
-use crate::source::{RawRow, Shape, Source};
-use crate::tokenizer::Tokenizer;
+use crate::prepare::FileReport;
 
 /// A tokenised data set of a task.
 #[derive(Debug)]
 pub struct TaskDataset {
-    task: Task,
-    rows: Rows,
-    labels: Labels,
-    classes: Vec<String>,
+    pub(super) task: Task,
+    pub(super) rows: Rows,
+    pub(super) labels: Labels,
+    /// The windows of contexts, a row each, for `question-ans`.
+    pub(super) windows: Vec<Window>,
+    /// Where words begin in a row: word and token, for `token-cls`.
+    pub(super) words: Vec<Vec<(u32, u32)>>,
+    pub(super) classes: Vec<String>,
     /// The example that each row is of.
-    example: Vec<usize>,
-    report: TaskReport,
-    pad_id: u32,
-    side: Side,
-    segments: bool,
-    masking: Option<Masking>,
-    questions: Vec<Question>,
+    pub(super) example: Vec<usize>,
+    pub(super) report: TaskReport,
+    pub(super) pad_id: u32,
+    pub(super) side: Side,
+    pub(super) segments: bool,
+    pub(super) masking: Option<Masking>,
+    pub(super) questions: Vec<Question>,
     /// The texts that are to be said, for `seq-2-seq-lm`.
-    references: Vec<String>,
+    pub(super) references: Vec<String>,
 }
 
 /// Sequences of tokens, end to end.
 #[derive(Debug, Default)]
-struct Rows {
+pub(super) struct Rows {
     ids: Vec<u32>,
     segments: Vec<u8>,
     ends: Vec<usize>,
 }
 
 impl Rows {
-    fn push(&mut self, ids: &[u32], segments: &[u32]) {
+    pub(super) fn push(&mut self, ids: &[u32], segments: &[u32]) {
         self.ids.extend(ids);
         // Tokenizers give 0, 1, and in one family 2.
         self.segments.extend(
@@ -74,7 +64,7 @@ impl Rows {
 
 /// The labels of all rows, in the sort of the task.
 #[derive(Debug)]
-enum Labels {
+pub(super) enum Labels {
     Classes(Vec<usize>),
     Flags(Vec<f32>),
     Numbers {
@@ -83,17 +73,19 @@ enum Labels {
     },
     /// As long as the ids of all rows.
     Tokens(Vec<i64>),
-    Spans(Vec<Window>),
+    /// Those of the windows.
+    Spans,
     Decoder(Rows),
     Hidden,
+    None,
 }
 
 /// A window of a context.
 #[derive(Debug)]
-struct Window {
-    places: Places,
-    null: usize,
-    span: (usize, usize),
+pub(super) struct Window {
+    pub(super) places: Places,
+    pub(super) null: usize,
+    pub(super) span: (usize, usize),
 }
 
 /// One row of a [`TaskDataset`].
@@ -124,6 +116,8 @@ pub enum Target<'a> {
     Sequence(&'a [u32]),
     /// Whatever is hidden: see [`TaskDataset::batch`].
     Hidden,
+    /// Nothing: the row is only to be answered.
+    None,
 }
 
 /// What a batch is for.
@@ -228,8 +222,8 @@ impl TaskDataset {
         match &self.labels {
             Labels::Classes(_) | Labels::Flags(_) | Labels::Tokens(_) => Some(self.classes.len()),
             Labels::Numbers { outputs, .. } => Some(*outputs),
-            Labels::Spans(_) => Some(2),
-            Labels::Decoder(_) | Labels::Hidden => None,
+            Labels::Spans => Some(2),
+            Labels::Decoder(_) | Labels::Hidden | Labels::None => None,
         }
     }
 
@@ -278,6 +272,12 @@ impl TaskDataset {
         &self.references
     }
 
+    /// Where the words of row `at` begin, for `token-cls`: the word in its example and its first
+    /// token in the row. Words that were cut off are not among them.
+    pub fn words(&self, at: usize) -> &[(u32, u32)] {
+        self.words.get(at).map_or(&[], Vec::as_slice)
+    }
+
     /// Row `at`, or nothing beyond the end.
     pub fn get(&self, at: usize) -> Option<TaskRow<'_>> {
         (at < self.len()).then(|| self.row(at))
@@ -304,12 +304,13 @@ impl TaskDataset {
                     Target::Numbers(&values[at * outputs..][..*outputs])
                 }
                 Labels::Tokens(labels) => Target::Tokens(&labels[range]),
-                Labels::Spans(windows) => {
-                    let (start, end) = windows[at].span;
+                Labels::Spans => {
+                    let (start, end) = self.windows[at].span;
                     Target::Span(start, end)
                 }
                 Labels::Decoder(targets) => Target::Sequence(&targets.ids[targets.range(at)]),
                 Labels::Hidden => Target::Hidden,
+                Labels::None => Target::None,
             },
         }
     }
@@ -378,12 +379,12 @@ impl TaskDataset {
                 });
                 Targets::Tokens(frame.fill(labels, IGNORED))
             }
-            Labels::Spans(windows) => {
+            Labels::Spans => {
                 // Padding on the left moves the tokens, and the answer with them.
                 let moved = |at: &usize, place: usize| {
                     (frame.start(self.rows.range(*at).len()) + place) as i64
                 };
-                let span = |at: &usize| windows[*at].span;
+                let span = |at: &usize| self.windows[*at].span;
                 Targets::Spans {
                     starts: rows.iter().map(|at| moved(at, span(at).0)).collect(),
                     ends: rows.iter().map(|at| moved(at, span(at).1)).collect(),
@@ -402,6 +403,7 @@ impl TaskDataset {
                     labels: frame.fill(rows.iter().map(row), IGNORED),
                 }
             }
+            Labels::None => Targets::None,
             Labels::Hidden => {
                 let stream = match pass {
                     Pass::Train { epoch } => epoch as u64,
@@ -426,8 +428,7 @@ impl TaskDataset {
         scores: impl Fn(usize) -> (&'s [f32], &'s [f32]),
         how: &Search,
     ) -> Result<Found> {
-        let (Labels::Spans(windows), Some(question)) = (&self.labels, self.questions.get(example))
-        else {
+        let Some(question) = self.questions.get(example) else {
             return Err(Error::Option(format!(
                 "no question {example}, there are {}",
                 self.questions.len()
@@ -440,8 +441,8 @@ impl TaskDataset {
             .map(|row| {
                 let (starts, ends) = scores(row);
                 Scored {
-                    places: &windows[row].places,
-                    null: windows[row].null,
+                    places: &self.windows[row].places,
+                    null: self.windows[row].null,
                     starts,
                     ends,
                 }
@@ -454,596 +455,5 @@ impl TaskDataset {
     pub fn rows_of(&self, example: usize) -> Range<usize> {
         let start = self.example.partition_point(|it| *it < example);
         start..self.example.partition_point(|it| *it <= example)
-    }
-}
-
-/// An example and the place in its file.
-struct Read {
-    file: usize,
-    line: usize,
-    said: Said,
-}
-
-/// Reads `files` as rows of a task.
-pub fn prepare_task(
-    files: &[PathBuf],
-    tokenizer: &Tokenizer,
-    options: &TaskOptions,
-    progress: &(dyn Fn(Progress<'_>) + Sync),
-) -> Result<TaskDataset> {
-    check(files, options)?;
-    let mut report = TaskReport::default();
-    let mut examples: Vec<Read> = Vec::new();
-    let sources = files.iter().map(|path| Source::open(path));
-    let sources = sources.collect::<Result<Vec<Source>>>()?;
-    let total_bytes = sources.iter().map(|source| source.bytes().len()).sum();
-    let mut bytes = 0;
-    for (at, source) in sources.iter().enumerate() {
-        report.files.push(read(source, at, options, &mut examples)?);
-        bytes += source.bytes().len();
-        progress(Progress {
-            file: &source.path,
-            rows: examples.len(),
-            bytes,
-            total_bytes,
-        });
-    }
-    report.examples = examples.len();
-    Maker {
-        tokenizer,
-        options,
-        files,
-        examples,
-        report,
-    }
-    .make()
-}
-
-fn check(files: &[PathBuf], options: &TaskOptions) -> Result<()> {
-    let refuse = |what: String| Err(Error::Option(what));
-    if files.is_empty() {
-        return refuse("no data file is given".into());
-    }
-    if options.task == Task::CausalLm {
-        return refuse(format!(
-            "{} has formats of its own, which `prepare` reads",
-            options.task
-        ));
-    }
-    if options.problem.is_some() && options.task != Task::SeqCls {
-        return refuse(format!(
-            "a problem type is for {}, the task is {}",
-            Task::SeqCls,
-            options.task
-        ));
-    }
-    if !(options.mask_probability > 0.0 && options.mask_probability < 1.0) {
-        return refuse(format!(
-            "mask_probability is {}, it must lie between 0 and 1",
-            options.mask_probability
-        ));
-    }
-    if let Some(classes) = &options.classes {
-        let mut sorted: Vec<&String> = classes.iter().collect();
-        sorted.sort();
-        if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-            return refuse(format!("the class `{}` is given twice", twice[0]));
-        }
-        if classes.is_empty() {
-            return refuse("an empty list of classes".into());
-        }
-    }
-    Ok(())
-}
-
-/// Reads all rows of one file.
-fn read(
-    source: &Source,
-    file: usize,
-    options: &TaskOptions,
-    examples: &mut Vec<Read>,
-) -> Result<FileReport> {
-    let mut report = FileReport {
-        path: source.path.clone(),
-        format: "plain-text".into(),
-        rows: 0,
-        ignored: BTreeMap::new(),
-    };
-    if source.shape == Shape::Text {
-        if options.task != Task::MaskedLm {
-            return Err(Error::file(
-                &source.path,
-                format!(
-                    "a text file has no rows, so it is not for {}: text without any label",
-                    options.task
-                ),
-            ));
-        }
-        let said = Said::Raw(source.text()?.to_owned());
-        examples.push(Read {
-            file,
-            line: 1,
-            said,
-        });
-        report.rows = 1;
-        return Ok(report);
-    }
-    let (first, row) = first_row(source)?;
-    let layout = Layout::of(options.task, &row, &options.columns).map_err(|what| {
-        let labels = ["label", "labels", "tags", "answers", "target"];
-        let bare = options.task == Task::SeqCls && !labels.iter().any(|key| row.contains_key(*key));
-        let what = match bare && options.columns.label.is_none() {
-            true => format!("text without any label: {what}"),
-            false => what,
-        };
-        Error::row(
-            &source.path,
-            first.line,
-            format!("{}: {what}", options.task),
-        )
-    })?;
-    report.format = layout.name();
-    let rows: Vec<RawRow<'_>> = source.rows()?.collect();
-    let table = source.table.is_some();
-    let made: Vec<Result<(Said, Vec<String>)>> = rows
-        .par_iter()
-        .with_min_len(64)
-        .map(|row| {
-            let mut object = object(source, *row)?;
-            let said = layout.read(&mut object, table);
-            let said = said.map_err(|what| Error::row(&source.path, row.line, what))?;
-            Ok((said, object.into_iter().map(|(key, _)| key).collect()))
-        })
-        .collect();
-    for (row, made) in rows.iter().zip(made) {
-        let (said, ignored) = made?;
-        examples.push(Read {
-            file,
-            line: row.line,
-            said,
-        });
-        report.rows += 1;
-        for key in ignored {
-            *report.ignored.entry(key).or_default() += 1;
-        }
-    }
-    Ok(report)
-}
-
-/// Making in progress.
-struct Maker<'a> {
-    tokenizer: &'a Tokenizer,
-    options: &'a TaskOptions,
-    files: &'a [PathBuf],
-    examples: Vec<Read>,
-    report: TaskReport,
-}
-
-/// What one example became: its rows, and whether something was cut off.
-struct Made {
-    rows: Vec<MadeRow>,
-    truncated: bool,
-    lost_words: usize,
-    lost_answer: bool,
-}
-
-struct MadeRow {
-    ids: Vec<u32>,
-    segments: Vec<u32>,
-    extra: Extra,
-}
-
-/// What a row has besides its ids, where its label lies among them.
-enum Extra {
-    None,
-    Tokens(Vec<i64>),
-    Window(Window),
-    Target(Vec<u32>),
-}
-
-impl MadeRow {
-    fn of(encoding: &Encoding, extra: Extra) -> Self {
-        Self {
-            ids: encoding.get_ids().to_vec(),
-            segments: encoding.get_type_ids().to_vec(),
-            extra,
-        }
-    }
-}
-
-impl Made {
-    fn one(encoding: &Encoding, extra: Extra) -> Self {
-        Self {
-            rows: vec![MadeRow::of(encoding, extra)],
-            truncated: !encoding.get_overflowing().is_empty(),
-            lost_words: 0,
-            lost_answer: false,
-        }
-    }
-}
-
-impl Maker<'_> {
-    fn make(mut self) -> Result<TaskDataset> {
-        match self.options.task {
-            Task::SeqCls => self.texts(),
-            Task::TokenCls => self.words(),
-            Task::QuestionAns => self.questions(),
-            Task::Seq2SeqLm => self.targets(),
-            Task::MaskedLm => self.hidden(),
-            Task::CausalLm => Err(Error::Option("causal-lm has rows of its own".into())),
-        }
-    }
-
-    /// An error at an example.
-    fn at(&self, example: usize, what: impl Into<String>) -> Error {
-        match self.examples.get(example) {
-            Some(read) => self.place(read, what),
-            None => Error::Option(what.into()),
-        }
-    }
-
-    fn place(&self, read: &Read, what: impl Into<String>) -> Error {
-        let path = self
-            .files
-            .get(read.file)
-            .map_or(Path::new(""), PathBuf::as_path);
-        Error::row(path, read.line, what)
-    }
-
-    /// Tokenises all examples, in parallel, in order.
-    fn encode(&self, make: impl Fn(usize, &Said) -> Result<Made> + Sync) -> Result<Vec<Made>> {
-        let made: Vec<Result<Made>> = self
-            .examples
-            .par_iter()
-            .enumerate()
-            .with_min_len(16)
-            .map(|(at, read)| {
-                let made = make(at, &read.said);
-                let made = made.map_err(|error| self.place(read, error.to_string()))?;
-                match made.rows.iter().any(|row| row.ids.is_empty()) || made.rows.is_empty() {
-                    true => {
-                        Err(self.place(read, "an empty row: the tokenizer makes nothing of it"))
-                    }
-                    false => Ok(made),
-                }
-            })
-            .collect();
-        made.into_iter().collect()
-    }
-
-    /// Puts rows and labels together.
-    fn finish(
-        &mut self,
-        made: Vec<Made>,
-        labels: impl FnOnce(Vec<Extra>) -> Labels,
-    ) -> TaskDataset {
-        let mut rows = Rows::default();
-        let mut example = Vec::new();
-        let mut extras = Vec::new();
-        let report = &mut self.report;
-        for (at, made) in made.into_iter().enumerate() {
-            report.truncated += usize::from(made.truncated);
-            report.lost_words += made.lost_words;
-            report.lost_answers += usize::from(made.lost_answer);
-            for row in made.rows {
-                report.rows += 1;
-                report.tokens += row.ids.len();
-                report.longest = report.longest.max(row.ids.len());
-                rows.push(&row.ids, &row.segments);
-                example.push(at);
-                extras.push(row.extra);
-            }
-        }
-        TaskDataset {
-            task: self.options.task,
-            rows,
-            labels: labels(extras),
-            classes: Vec::new(),
-            example,
-            report: std::mem::take(report),
-            pad_id: self.tokenizer.pad_id(),
-            side: self.tokenizer.padding_side(),
-            segments: self.tokenizer.has_segments(),
-            masking: None,
-            questions: Vec::new(),
-            references: Vec::new(),
-        }
-    }
-
-    /// A class, several, or numbers for a text.
-    fn texts(&mut self) -> Result<TaskDataset> {
-        let cutter = Cutter::texts(self.tokenizer, "max_length", self.options.max_length)?;
-        let placed: Vec<(usize, &Label)> = self
-            .examples
-            .iter()
-            .enumerate()
-            .filter_map(|(at, read)| match &read.said {
-                Said::Text { label, .. } => Some((at, label)),
-                _ => None,
-            })
-            .collect();
-        let classes = self.options.classes.as_deref();
-        let understood = understand(&placed, self.options.problem, classes)
-            .map_err(|(at, what)| self.at(at, what))?;
-        if classes.is_some() && matches!(understood, Understood::Numbers { .. }) {
-            return Err(self.at(
-                0,
-                "the labels are numbers to predict, but classes are given",
-            ));
-        }
-        let made = self.encode(|_, said| match said {
-            Said::Text { text, pair, .. } => {
-                let encoding = match pair {
-                    Some(pair) => cutter.pair(text, pair)?,
-                    None => cutter.single(text)?,
-                };
-                Ok(Made::one(&encoding, Extra::None))
-            }
-            _ => Err(wrong_row()),
-        })?;
-        let (labels, names, counts) = match understood {
-            Understood::Classes { names, ids } => {
-                let mut counts = vec![0; names.len()];
-                for id in &ids {
-                    counts[*id] += 1;
-                }
-                (Labels::Classes(ids), names, counts)
-            }
-            Understood::Flags { names, flags } => {
-                let mut counts = vec![0; names.len()];
-                for row in flags.chunks(names.len().max(1)) {
-                    for (count, flag) in counts.iter_mut().zip(row) {
-                        *count += usize::from(*flag == 1.0);
-                    }
-                }
-                (Labels::Flags(flags), names, counts)
-            }
-            Understood::Numbers { outputs, values } => {
-                (Labels::Numbers { outputs, values }, Vec::new(), Vec::new())
-            }
-        };
-        let one = matches!(labels, Labels::Classes(_)) && names.len() < 2;
-        if one && self.options.classes.is_none() {
-            let name = names.first().cloned().unwrap_or_default();
-            return Err(self.at(
-                0,
-                format!("every row has the label `{name}`, so there is nothing to tell apart"),
-            ));
-        }
-        let mut data = self.finish(made, |_| labels);
-        data.report.classes = names.iter().cloned().zip(counts).collect();
-        data.classes = names;
-        Ok(data)
-    }
-
-    /// A class for each word.
-    fn words(&mut self) -> Result<TaskDataset> {
-        let cutter = Cutter::texts(self.tokenizer, "max_length", self.options.max_length)?;
-        let mut placed: Vec<(usize, &Label)> = Vec::new();
-        let mut starts = Vec::new();
-        for (at, read) in self.examples.iter().enumerate() {
-            starts.push(placed.len());
-            if let Said::Words { tags, .. } = &read.said {
-                placed.extend(tags.iter().map(|tag| (at, tag)));
-            }
-        }
-        let (names, ids) = tags(&placed, self.options.classes.as_deref())
-            .map_err(|(at, what)| self.at(at, what))?;
-        let inner = inner_tags(&names);
-        let all = self.options.label_all_tokens;
-        let made = self.encode(|at, said| match said {
-            Said::Words { words, .. } => {
-                let encoding = cutter.words(words)?;
-                let tags = &ids[starts[at]..][..words.len()];
-                Ok(label_words(&encoding, tags, &inner, all))
-            }
-            _ => Err(wrong_row()),
-        })?;
-        let mut counts = vec![0; names.len()];
-        for id in &ids {
-            counts[*id] += 1;
-        }
-        let mut data = self.finish(made, |extras| {
-            let tokens = extras.into_iter().flat_map(|extra| match extra {
-                Extra::Tokens(labels) => labels,
-                _ => Vec::new(),
-            });
-            Labels::Tokens(tokens.collect())
-        });
-        data.report.classes = names.iter().cloned().zip(counts).collect();
-        data.classes = names;
-        Ok(data)
-    }
-
-    /// First and last token of an answer.
-    fn questions(&mut self) -> Result<TaskDataset> {
-        let (length, stride) = (self.options.max_length, self.options.doc_stride);
-        let cutter = Cutter::windows(self.tokenizer, "max_length", length, stride)?;
-        let cls = self.tokenizer.special_id("cls_token");
-        let bos = self.tokenizer.bos_id();
-        let made = self.encode(|_, said| match said {
-            Said::Question {
-                question,
-                context,
-                answers,
-            } => {
-                // Blanks before a question only take room.
-                let encoding = cutter.question(question.trim_start(), context)?;
-                Ok(windows(&encoding, answers.first(), &[cls, bos]))
-            }
-            _ => Err(wrong_row()),
-        })?;
-        let mut data = self.finish(made, |extras| {
-            let windows = extras.into_iter().filter_map(|extra| match extra {
-                Extra::Window(window) => Some(window),
-                _ => None,
-            });
-            Labels::Spans(windows.collect())
-        });
-        for read in std::mem::take(&mut self.examples) {
-            if let Said::Question {
-                question,
-                context,
-                answers,
-            } = read.said
-            {
-                data.questions.push(Question {
-                    question,
-                    context,
-                    answers: answers.into_iter().map(|answer| answer.text).collect(),
-                });
-            }
-        }
-        Ok(data)
-    }
-
-    /// Another text.
-    fn targets(&mut self) -> Result<TaskDataset> {
-        let sources = Cutter::texts(self.tokenizer, "max_length", self.options.max_length)?;
-        let length = self.options.max_target_length;
-        let targets = Cutter::texts(self.tokenizer, "max_target_length", length)?;
-        let made = self.encode(|_, said| match said {
-            Said::Target { source, target } => {
-                let source = sources.single(source)?;
-                let target = targets.single(target)?;
-                let cut = !target.get_overflowing().is_empty();
-                let mut made = Made::one(&source, Extra::Target(target.get_ids().to_vec()));
-                made.truncated |= cut;
-                Ok(made)
-            }
-            _ => Err(wrong_row()),
-        })?;
-        let mut data = self.finish(made, |extras| {
-            let mut rows = Rows::default();
-            for extra in extras {
-                if let Extra::Target(ids) = extra {
-                    rows.push(&ids, &[]);
-                }
-            }
-            Labels::Decoder(rows)
-        });
-        for read in std::mem::take(&mut self.examples) {
-            if let Said::Target { target, .. } = read.said {
-                data.references.push(target);
-            }
-        }
-        Ok(data)
-    }
-
-    /// Words to fill in.
-    fn hidden(&mut self) -> Result<TaskDataset> {
-        let Some(mask_id) = self.tokenizer.special_id("mask_token") else {
-            return Err(Error::Tokenizer(format!(
-                "no mask_token, which {} needs",
-                Task::MaskedLm
-            )));
-        };
-        let cutter = Cutter::texts(self.tokenizer, "max_length", self.options.max_length)?;
-        let made = self.encode(|_, said| match said {
-            Said::Raw(text) => {
-                let encoding = cutter.single(text)?;
-                let mut made = Made::one(&encoding, Extra::None);
-                made.truncated = false;
-                let rest = encoding.get_overflowing().iter();
-                made.rows
-                    .extend(rest.map(|it| MadeRow::of(it, Extra::None)));
-                Ok(made)
-            }
-            _ => Err(wrong_row()),
-        })?;
-        let mut special: Vec<u32> = self
-            .tokenizer
-            .special_tokens()
-            .values()
-            .chain(self.tokenizer.special_contents())
-            .filter_map(|token| self.tokenizer.id(token))
-            .collect();
-        special.sort_unstable();
-        special.dedup();
-        let masking = Masking {
-            probability: self.options.mask_probability,
-            seed: self.options.mask_seed,
-            mask_id,
-            vocab_size: self.tokenizer.vocab_size(),
-            special,
-        };
-        let mut data = self.finish(made, |_| Labels::Hidden);
-        data.masking = Some(masking);
-        Ok(data)
-    }
-}
-
-/// Only if a layout reads what its task does not take.
-fn wrong_row() -> Error {
-    Error::Option("a row of another task".into())
-}
-
-/// For each class `B-X` the class `I-X`, for every other the class itself.
-fn inner_tags(names: &[String]) -> Vec<usize> {
-    let inner = |(at, name): (usize, &String)| {
-        let inside = name.strip_prefix("B-").map(|rest| format!("I-{rest}"));
-        let place = inside.and_then(|inside| names.iter().position(|name| *name == inside));
-        place.unwrap_or(at)
-    };
-    names.iter().enumerate().map(inner).collect()
-}
-
-/// Lays the tags of words over their tokens.
-fn label_words(encoding: &Encoding, tags: &[usize], inner: &[usize], all: bool) -> Made {
-    let mut seen = vec![false; tags.len()];
-    let labels = encoding.get_word_ids().iter().map(|word| {
-        let Some(word) = word
-            .map(|word| word as usize)
-            .filter(|word| *word < tags.len())
-        else {
-            return IGNORED;
-        };
-        match (std::mem::replace(&mut seen[word], true), all) {
-            (false, _) => tags[word] as i64,
-            (true, true) => inner[tags[word]] as i64,
-            (true, false) => IGNORED,
-        }
-    });
-    let labels = labels.collect();
-    let mut made = Made::one(encoding, Extra::Tokens(labels));
-    made.lost_words = seen.iter().filter(|seen| !**seen).count();
-    made
-}
-
-/// The windows of a context, each with the span of the answer.
-fn windows(encoding: &Encoding, answer: Option<&Answer>, null: &[Option<u32>]) -> Made {
-    let all = std::iter::once(encoding).chain(encoding.get_overflowing());
-    let mut held = answer.is_none();
-    let rows = all.map(|window| {
-        let sequence = window.get_sequence_ids();
-        let places: Places = sequence
-            .iter()
-            .zip(window.get_offsets())
-            .map(|(sequence, (start, end))| {
-                // In range: a row of a file has far fewer bytes than 4 GiB.
-                (*sequence == Some(1)).then_some((*start as u32, *end as u32))
-            })
-            .collect();
-        let ids = window.get_ids();
-        let null = null
-            .iter()
-            .flatten()
-            .find_map(|id| ids.iter().position(|it| it == id));
-        let null = null.unwrap_or(0);
-        let found = answer.and_then(|answer| span(&places, &(answer.start..answer.end)));
-        held |= found.is_some();
-        let window_of = Window {
-            places,
-            null,
-            span: found.unwrap_or((null, null)),
-        };
-        MadeRow::of(window, Extra::Window(window_of))
-    });
-    let rows = rows.collect();
-    Made {
-        rows,
-        truncated: false,
-        lost_words: 0,
-        lost_answer: !held,
     }
 }

@@ -77,7 +77,7 @@ fn detect_in(source: &Source, columns: &Columns) -> Result<Detected> {
         ];
         let near = near.iter().find(|(_, key)| row.contains_key(*key));
         let task = near.map_or(Task::SeqCls, |(task, _)| *task);
-        if let Err(reason) = Layout::of(task, &row, columns) {
+        if let Err(reason) = Layout::of(task, &row, columns, true) {
             what.push_str(&format!("; for {task}: {reason}"));
         }
         return Err(Error::row(&source.path, first.line, what));
@@ -103,6 +103,6 @@ fn fits(task: Task, row: &Object, columns: &Columns) -> bool {
     match task {
         Task::CausalLm => Format::of(row).is_some(),
         Task::Seq2SeqLm if row.get("prompt").is_some_and(Value::is_array) => false,
-        _ => Layout::of(task, row, columns).is_ok(),
+        _ => Layout::of(task, row, columns, true).is_ok(),
     }
 }

@@ -27,6 +27,7 @@ mod dataset;
 mod detect;
 mod encode;
 mod labels;
+mod make;
 mod mask;
 mod row;
 mod show;
@@ -39,8 +40,9 @@ use crate::error::{Error, Result, nearest};
 use crate::message::quoted;
 
 pub use batch::{Targets, TaskBatch};
-pub use dataset::{Pass, Target, TaskDataset, TaskReport, TaskRow, prepare_task};
+pub use dataset::{Pass, Target, TaskDataset, TaskReport, TaskRow};
 pub use detect::{Detected, detect_task};
+pub use make::prepare_task;
 pub use show::{Shown, TaskPiece};
 pub use spans::{Found, Question, Search};
 
@@ -178,6 +180,9 @@ pub struct TaskOptions {
     pub classes: Option<Vec<String>>,
     /// Which columns are read.
     pub columns: Columns,
+    /// Whether rows have labels. Where not, they are only to be answered, and labels are not read
+    /// even where there are some.
+    pub labelled: bool,
     /// Tokens of a row at most, special ones included. The longer text of a pair is cut first;
     /// a context, and a text for `masked-lm`, goes on in a further row.
     pub max_length: usize,
@@ -202,6 +207,7 @@ impl TaskOptions {
             problem: None,
             classes: None,
             columns: Columns::default(),
+            labelled: true,
             max_length: if task == Task::QuestionAns { 384 } else { 512 },
             max_target_length: 128,
             doc_stride: 128,

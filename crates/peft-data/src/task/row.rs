@@ -19,10 +19,12 @@ pub(crate) enum Said {
     Text {
         text: String,
         pair: Option<String>,
-        label: Label,
+        /// Nothing where only inputs are read.
+        label: Option<Label>,
     },
     Words {
         words: Vec<String>,
+        /// None where only inputs are read.
         tags: Vec<Label>,
     },
     Question {
@@ -32,7 +34,7 @@ pub(crate) enum Said {
     },
     Target {
         source: String,
-        target: String,
+        target: Option<String>,
     },
     Raw(String),
 }
@@ -64,27 +66,35 @@ pub(crate) enum Layout {
     Text {
         text: String,
         pair: Option<String>,
-        label: String,
+        label: Option<String>,
         /// A pair's second column that the first row did not have.
         unused: Option<&'static str>,
     },
     Words {
         words: String,
-        tags: String,
+        tags: Option<String>,
     },
-    /// `answers` in one column, or in two.
-    Question {
-        nested: bool,
-    },
+    Question(Answers),
     Target {
         source: String,
         /// What is put behind the source where it is not empty.
         input: Option<&'static str>,
-        target: String,
+        target: Option<String>,
     },
     Raw {
         text: String,
     },
+}
+
+/// Where the answers to a question are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Answers {
+    /// In the column `answers`.
+    Nested,
+    /// In the columns `answer` and `answer_start`.
+    Flat,
+    /// Not read.
+    None,
 }
 
 /// The columns of texts: the first, and the second where there is one.
@@ -106,16 +116,25 @@ const TARGETS: [(&str, &str); 3] = [
 ];
 
 impl Layout {
-    /// The columns of a task in a file whose first row has these keys.
-    pub(crate) fn of(task: Task, row: &Object, columns: &Columns) -> Result<Layout, String> {
+    /// The columns of a task in a file whose first row has these keys; those of labels only if
+    /// they are `labelled`.
+    pub(crate) fn of(
+        task: Task,
+        row: &Object,
+        columns: &Columns,
+        labelled: bool,
+    ) -> Result<Layout, String> {
         match task {
-            Task::SeqCls => Self::text(row, columns),
-            Task::TokenCls => Ok(Layout::Words {
-                words: one_of("words", row, columns.text.as_deref(), &WORDS)?,
-                tags: one_of("tags", row, columns.label.as_deref(), &TAGS)?,
-            }),
-            Task::QuestionAns => Self::question(row),
-            Task::Seq2SeqLm => Self::target(row, columns),
+            Task::SeqCls => Self::text(row, columns, labelled),
+            Task::TokenCls => {
+                let tags = || one_of("tags", row, columns.label.as_deref(), &TAGS);
+                Ok(Layout::Words {
+                    words: one_of("words", row, columns.text.as_deref(), &WORDS)?,
+                    tags: labelled.then(tags).transpose()?,
+                })
+            }
+            Task::QuestionAns => Self::question(row, labelled),
+            Task::Seq2SeqLm => Self::target(row, columns, labelled),
             Task::MaskedLm => Ok(Layout::Raw {
                 text: one_of("text", row, columns.text.as_deref(), &["text", "sentence"])?,
             }),
@@ -123,7 +142,7 @@ impl Layout {
         }
     }
 
-    fn text(row: &Object, columns: &Columns) -> Result<Layout, String> {
+    fn text(row: &Object, columns: &Columns, labelled: bool) -> Result<Layout, String> {
         let (text, pair, unused) = match (&columns.text, &columns.pair) {
             (Some(text), pair) => {
                 let pair = pair.as_ref().map(|pair| present("pair", row, pair));
@@ -161,7 +180,8 @@ impl Layout {
                 (text.to_owned(), given.map(str::to_owned), unused)
             }
         };
-        let label = one_of("label", row, columns.label.as_deref(), &LABELS)?;
+        let label = || one_of("label", row, columns.label.as_deref(), &LABELS);
+        let label = labelled.then(label).transpose()?;
         Ok(Layout::Text {
             text,
             pair,
@@ -170,18 +190,21 @@ impl Layout {
         })
     }
 
-    fn question(row: &Object) -> Result<Layout, String> {
+    fn question(row: &Object, labelled: bool) -> Result<Layout, String> {
         for key in ["question", "context"] {
             present(key, row, key)?;
+        }
+        if !labelled {
+            return Ok(Layout::Question(Answers::None));
         }
         let nested = row.contains_key("answers");
         let flat = row.contains_key("answer") || row.contains_key("answer_start");
         match (nested, flat) {
-            (true, false) => Ok(Layout::Question { nested }),
+            (true, false) => Ok(Layout::Question(Answers::Nested)),
             (false, true) => {
                 present("answer", row, "answer")?;
                 present("answer_start", row, "answer_start")?;
-                Ok(Layout::Question { nested })
+                Ok(Layout::Question(Answers::Flat))
             }
             (true, true) => Err("both `answers` and `answer`; one of them must go".into()),
             (false, false) => Err(format!(
@@ -191,36 +214,34 @@ impl Layout {
         }
     }
 
-    fn target(row: &Object, columns: &Columns) -> Result<Layout, String> {
-        let plain = |source: &str, target: &str| Layout::Target {
-            source: source.to_owned(),
-            input: None,
-            target: target.to_owned(),
+    fn target(row: &Object, columns: &Columns, labelled: bool) -> Result<Layout, String> {
+        let of = |source: &str, input, target: &str| {
+            present("source", row, source)?;
+            if labelled {
+                present("target", row, target)?;
+            }
+            Ok(Layout::Target {
+                source: source.to_owned(),
+                input,
+                target: labelled.then(|| target.to_owned()),
+            })
         };
         match (&columns.text, &columns.pair) {
-            (Some(source), Some(target)) => {
-                present("source", row, source)?;
-                present("target", row, target)?;
-                return Ok(plain(source, target));
-            }
+            (Some(source), Some(target)) => return of(source, None, target),
+            (Some(source), None) if !labelled => return of(source, None, ""),
             (None, None) => {}
             _ => return Err("source and target must both be named, or neither".into()),
         }
         let has = |key: &str| row.contains_key(key);
         if has("instruction") {
-            present("output", row, "output")?;
-            return Ok(Layout::Target {
-                source: "instruction".into(),
-                input: Some("input"),
-                target: "output".into(),
-            });
+            return of("instruction", Some("input"), "output");
         }
         let found: Vec<_> = TARGETS
             .into_iter()
-            .filter(|(source, target)| has(source) && has(target))
+            .filter(|(source, target)| has(source) && (has(target) || !labelled))
             .collect();
         match found.as_slice() {
-            [(source, target)] => Ok(plain(source, target)),
+            [(source, target)] => of(source, None, target),
             _ => Err(choice(
                 "source and target",
                 row,
@@ -232,17 +253,25 @@ impl Layout {
 
     /// A name for reports.
     pub(crate) fn name(&self) -> String {
+        let labelled = |inputs: String, label: &Option<String>| match label {
+            Some(label) => format!("{inputs} / {label}"),
+            None => inputs,
+        };
         match self {
             Layout::Text {
                 text, pair, label, ..
-            } => match pair {
-                Some(pair) => format!("{text}, {pair} / {label}"),
-                None => format!("{text} / {label}"),
-            },
-            Layout::Words { words, tags } => format!("{words} / {tags}"),
-            Layout::Question { nested: true } => "question, context / answers".into(),
-            Layout::Question { nested: false } => "question, context / answer".into(),
-            Layout::Target { source, target, .. } => format!("{source} / {target}"),
+            } => {
+                let inputs = match pair {
+                    Some(pair) => format!("{text}, {pair}"),
+                    None => text.clone(),
+                };
+                labelled(inputs, label)
+            }
+            Layout::Words { words, tags } => labelled(words.clone(), tags),
+            Layout::Question(Answers::Nested) => "question, context / answers".into(),
+            Layout::Question(Answers::Flat) => "question, context / answer".into(),
+            Layout::Question(Answers::None) => "question, context".into(),
+            Layout::Target { source, target, .. } => labelled(source.clone(), target),
             Layout::Raw { text } => text.clone(),
         }
     }
@@ -262,11 +291,14 @@ impl Layout {
                 Ok(Said::Text {
                     text: full(row, text)?,
                     pair: pair.as_ref().map(|pair| full(row, pair)).transpose()?,
-                    label: label_of(row, label, table)?,
+                    label: label
+                        .as_ref()
+                        .map(|label| label_of(row, label, table))
+                        .transpose()?,
                 })
             }
-            Layout::Words { words, tags } => self::words(row, words, tags, table),
-            Layout::Question { nested } => question(row, *nested, table),
+            Layout::Words { words, tags } => self::words(row, words, tags.as_deref(), table),
+            Layout::Question(answers) => question(row, *answers, table),
             Layout::Target {
                 source,
                 input,
@@ -287,7 +319,10 @@ impl Layout {
                 }
                 Ok(Said::Target {
                     source: text,
-                    target: full(row, target)?,
+                    target: target
+                        .as_ref()
+                        .map(|target| full(row, target))
+                        .transpose()?,
                 })
             }
             Layout::Raw { text } => Ok(Said::Raw(full(row, text)?)),
@@ -448,7 +483,7 @@ fn list_label(key: &str, list: &[Value]) -> Result<Label, String> {
     })
 }
 
-fn words(row: &mut Object, words: &str, tags: &str, table: bool) -> Result<Said, String> {
+fn words(row: &mut Object, words: &str, tags: Option<&str>, table: bool) -> Result<Said, String> {
     let mut list = |key: &str, what: &str| match row.shift_remove(key) {
         Some(Value::Array(list)) => Ok(list),
         Some(Value::String(cell)) if table => Ok(cell
@@ -460,11 +495,15 @@ fn words(row: &mut Object, words: &str, tags: &str, table: bool) -> Result<Said,
         None => Err(missing(what, key, row)),
     };
     let words_of = list(words, "words")?;
-    let tags_of = list(tags, "tags")?;
     if words_of.is_empty() {
         return Err(format!("`{words}` is empty"));
     }
-    if words_of.len() != tags_of.len() {
+    let tags_of = match tags {
+        Some(tags) => list(tags, "tags")?,
+        None => Vec::new(),
+    };
+    let tags = tags.unwrap_or_default();
+    if !tags.is_empty() && words_of.len() != tags_of.len() {
         return Err(format!(
             "`{words}` has {} items and `{tags}` has {}; each word needs a tag",
             words_of.len(),
@@ -486,34 +525,34 @@ fn words(row: &mut Object, words: &str, tags: &str, table: bool) -> Result<Said,
             "`{tags}`[{at}] must be a name or an integer, not {value}"
         )),
     };
+    let words_of = words_of.iter().enumerate().map(read_word);
+    let tags_of = tags_of.iter().enumerate().map(read_tag);
     Ok(Said::Words {
-        words: words_of
-            .iter()
-            .enumerate()
-            .map(read_word)
-            .collect::<Result<_, _>>()?,
-        tags: tags_of
-            .iter()
-            .enumerate()
-            .map(read_tag)
-            .collect::<Result<_, _>>()?,
+        words: words_of.collect::<Result<_, _>>()?,
+        tags: tags_of.collect::<Result<_, _>>()?,
     })
 }
 
-fn question(row: &mut Object, nested: bool, table: bool) -> Result<Said, String> {
+fn question(row: &mut Object, answers: Answers, table: bool) -> Result<Said, String> {
     let question = full(row, "question")?;
     let context = full(row, "context")?;
-    let pairs = if nested {
-        answers(row.shift_remove("answers"))?
-    } else {
-        let answer = string(row, "answer")?;
-        let start = match row.shift_remove("answer_start") {
-            Some(Value::String(cell)) if table => Value::from(cell.trim().parse::<i64>().ok()),
-            other => other.unwrap_or_default(),
-        };
-        match (answer.is_empty(), &start) {
-            (true, Value::Null) => Vec::new(),
-            _ => vec![(Value::String(answer), start)],
+    let pairs = match answers {
+        Answers::None => Vec::new(),
+        Answers::Nested => nested(row.shift_remove("answers"))?,
+        Answers::Flat => {
+            let answer = string(row, "answer")?;
+            let start = match row.shift_remove("answer_start") {
+                Some(Value::String(cell)) if table && cell.trim().is_empty() => Value::Null,
+                Some(Value::String(cell)) if table => match cell.trim().parse::<u64>() {
+                    Ok(start) => start.into(),
+                    Err(_) => Value::String(cell),
+                },
+                other => other.unwrap_or_default(),
+            };
+            match (answer.is_empty(), &start) {
+                (true, Value::Null) => Vec::new(),
+                _ => vec![(Value::String(answer), start)],
+            }
         }
     };
     let answers = pairs
@@ -528,7 +567,7 @@ fn question(row: &mut Object, nested: bool, table: bool) -> Result<Said, String>
 }
 
 /// The texts and starts of `answers`: two lists, or a list of pairs.
-fn answers(value: Option<Value>) -> Result<Vec<(Value, Value)>, String> {
+fn nested(value: Option<Value>) -> Result<Vec<(Value, Value)>, String> {
     let pair = |item: &Value| (item.get("text").cloned(), item.get("answer_start").cloned());
     match value {
         Some(Value::Array(items)) => items

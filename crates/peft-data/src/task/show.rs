@@ -50,6 +50,7 @@ impl TaskDataset {
         let mut target = Vec::new();
         let class = |id: usize| self.classes().get(id).cloned().unwrap_or_default();
         match row.target {
+            Target::None => {}
             Target::Class(id) => label = Some(class(id)),
             Target::Flags(flags) => {
                 let set = flags.iter().enumerate().filter(|(_, flag)| **flag == 1.0);
