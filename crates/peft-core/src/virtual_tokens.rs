@@ -239,6 +239,7 @@ mod tests {
             shape: shape.to_vec(),
             bias: false,
             transposed: false,
+            groups: 1,
             held: Vec::new(),
         };
         Outline {
