@@ -122,6 +122,12 @@ impl Embedding {
         self.base = leaves.take("weight", &self.base);
     }
 
+    /// The adapters of one name, innermost first.
+    pub fn adapters(&self, name: &str) -> impl Iterator<Item = &dyn EmbeddingAdapter> {
+        let all = self.adapters.all().iter();
+        all.filter(move |it| it.name == name).map(|it| &*it.adapter)
+    }
+
     fn baked(&self, at: &str) -> Result<Tensor> {
         let not = |why: &str| Error::NotMergeable {
             at: at.to_owned(),

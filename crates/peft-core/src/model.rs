@@ -6,8 +6,8 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    Embedding, Error, Injection, Linear, Names, Norm, Outline, Param, PromptSlot, Result, Site, SiteKind,
-    Start, State, Tuner, Visit, nearest, stack::Place, thaw::thaw,
+    Embedding, Error, Injection, Linear, Names, Norm, Outline, Param, PromptSlot, Result, Site,
+    SiteKind, Start, State, Tuner, Visit, nearest, stack::Place, thaw::thaw,
 };
 
 /// What a method may need to know of a model besides its places.
@@ -342,6 +342,21 @@ pub trait ModelExt: Model {
 }
 
 impl<M: Model + ?Sized> ModelExt for M {}
+
+/// Sets the adapters of one name aside, at every place, while others come in their place.
+pub(crate) fn set_aside(model: &mut dyn Model, name: &str) {
+    each(model, &mut |_, place| place.set_aside(name));
+}
+
+/// Puts what was set aside back to where it stood.
+pub(crate) fn put_back(model: &mut dyn Model) {
+    each(model, &mut |_, place| place.put_back());
+}
+
+/// Moves the adapters of one name to where those set aside stood, which are dropped.
+pub(crate) fn settle(model: &mut dyn Model, name: &str) {
+    each(model, &mut |_, place| place.settle(name));
+}
 
 fn each<M: Model + ?Sized>(model: &mut M, visit: &mut dyn FnMut(&str, &mut dyn Place)) {
     model.slots(&mut |at, mut slot| visit(at, slot.place()));

@@ -101,6 +101,12 @@ impl Norm {
         };
     }
 
+    /// The adapters of one name, innermost first.
+    pub fn adapters(&self, name: &str) -> impl Iterator<Item = &dyn NormAdapter> {
+        let all = self.adapters.all().iter();
+        all.filter(move |it| it.name == name).map(|it| &*it.adapter)
+    }
+
     /// The vectors with the active adapters, or with those of one name alone.
     fn effective(&self, only: Option<&str>) -> Affine {
         match self.original {

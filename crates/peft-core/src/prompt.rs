@@ -121,6 +121,15 @@ impl Place for PromptSlot {
     fn delete(&mut self, name: &str) {
         self.adapters.delete(name);
     }
+    fn set_aside(&mut self, name: &str) {
+        self.adapters.set_aside(name);
+    }
+    fn put_back(&mut self) {
+        self.adapters.put_back();
+    }
+    fn settle(&mut self, name: &str) {
+        self.adapters.settle(name);
+    }
     fn merge(&mut self, _: &str) -> Result<()> {
         match self.adapters.active().next() {
             None => Ok(()),

@@ -17,35 +17,69 @@ impl<A: ?Sized> Attached<A> {
 }
 
 #[derive(Debug)]
-pub(crate) struct Stack<A: ?Sized>(Vec<Attached<A>>);
+pub(crate) struct Stack<A: ?Sized> {
+    all: Vec<Attached<A>>,
+    /// Those set aside while others come in their place, and where they stood.
+    aside: Vec<(usize, Attached<A>)>,
+}
 
 impl<A: ?Sized + Params> Stack<A> {
     pub(crate) fn new() -> Stack<A> {
-        Stack(Vec::new())
+        Stack {
+            all: Vec::new(),
+            aside: Vec::new(),
+        }
     }
     pub(crate) fn push(&mut self, name: &str, adapter: Box<A>) {
-        self.0.push(Attached {
+        self.all.push(Attached {
             name: name.to_owned(),
             on: true,
             adapter,
         });
     }
     pub(crate) fn all(&self) -> &[Attached<A>] {
-        &self.0
+        &self.all
     }
     pub(crate) fn active(&self) -> impl Iterator<Item = &A> {
-        self.0.iter().filter(|it| it.on).map(|it| &*it.adapter)
+        self.all.iter().filter(|it| it.on).map(|it| &*it.adapter)
     }
     pub(crate) fn switch(&mut self, name: &str, on: bool) {
-        for it in self.0.iter_mut().filter(|it| it.name == name) {
+        for it in self.all.iter_mut().filter(|it| it.name == name) {
             it.on = on;
         }
     }
     pub(crate) fn delete(&mut self, name: &str) {
-        self.0.retain(|it| it.name != name);
+        self.all.retain(|it| it.name != name);
     }
     pub(crate) fn clear(&mut self) {
-        self.0.clear();
+        self.all.clear();
+    }
+    /// Sets the adapters of one name aside: until they are put back or replaced it is as if they were deleted.
+    pub(crate) fn set_aside(&mut self, name: &str) {
+        for (i, it) in std::mem::take(&mut self.all).into_iter().enumerate() {
+            match it.name == name {
+                true => self.aside.push((i, it)),
+                false => self.all.push(it),
+            }
+        }
+    }
+    /// Puts what was set aside back to where it stood.
+    pub(crate) fn put_back(&mut self) {
+        for (i, it) in self.aside.drain(..) {
+            self.all.insert(i, it);
+        }
+    }
+    /// Moves the adapters of one name to where those set aside stood, which are dropped.
+    pub(crate) fn settle(&mut self, name: &str) {
+        let Some((from, _)) = self.aside.first() else {
+            return;
+        };
+        let from = *from;
+        let taken = std::mem::take(&mut self.all).into_iter();
+        let (fresh, mut rest): (Vec<_>, Vec<_>) = taken.partition(|it| it.name == name);
+        rest.splice(from..from, fresh);
+        self.all = rest;
+        self.aside.clear();
     }
 }
 
@@ -54,6 +88,9 @@ pub(crate) trait Place {
     fn names(&self) -> Vec<(String, bool)>;
     fn switch(&mut self, name: &str, on: bool);
     fn delete(&mut self, name: &str);
+    fn set_aside(&mut self, name: &str);
+    fn put_back(&mut self);
+    fn settle(&mut self, name: &str);
     fn merge(&mut self, at: &str) -> crate::Result<()>;
     fn unmerge(&mut self);
     fn merged(&self) -> bool;
@@ -77,6 +114,15 @@ macro_rules! place {
             }
             fn delete(&mut self, name: &str) {
                 self.adapters.delete(name);
+            }
+            fn set_aside(&mut self, name: &str) {
+                self.adapters.set_aside(name);
+            }
+            fn put_back(&mut self) {
+                self.adapters.put_back();
+            }
+            fn settle(&mut self, name: &str) {
+                self.adapters.settle(name);
             }
             fn merge(&mut self, at: &str) -> $crate::Result<()> {
                 if self.original.is_none() && self.adapters.active().next().is_some() {

@@ -11,8 +11,8 @@ use std::{
 use tch::Tensor;
 
 use crate::{
-    Error, Model, ModelExt, Param, Registry, Result, Slot, Start, State, Tuner, files, nearest,
-    tensors,
+    Error, Model, ModelExt, Param, Registry, Result, Slot, Start, State, Tuner, files, model,
+    nearest, tensors,
 };
 
 /// On-disk name of the configuration.
@@ -118,6 +118,26 @@ impl Adapter {
             model.delete(name)?;
         }
         filled
+    }
+
+    /// Puts this adapter in the place of the one called `name`: at its height among the others, and switched on or
+    /// off as it is. The method, the rank and the places may be others. An error leaves the model as it was.
+    pub fn replace(&self, name: &str, model: &mut dyn Model) -> Result<()> {
+        model.known(name)?;
+        if model.merged() {
+            return Err(Error::Name {
+                name: name.to_owned(),
+                why: "adapters are merged into the base; unmerge first".to_owned(),
+            });
+        }
+        let on = model.adapters().iter().any(|(it, on)| it == name && *on);
+        model::set_aside(model, name);
+        if let Err(error) = self.apply(name, model) {
+            model::put_back(model);
+            return Err(error);
+        }
+        model::settle(model, name);
+        model.switch(name, on)
     }
 
     /// [`Adapter::apply`] for training to go on: with the encoder, where the method has one.
