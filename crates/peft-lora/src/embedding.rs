@@ -13,8 +13,8 @@ use crate::{
 };
 
 /// The on-disk names below an embedding; they have no `.weight`.
-const A: &str = "lora_embedding_A";
-const B: &str = "lora_embedding_B";
+pub(crate) const A: &str = "lora_embedding_A";
+pub(crate) const B: &str = "lora_embedding_B";
 
 /// What LoRA or DoRA leaves on a table.
 #[derive(Debug)]

@@ -69,18 +69,26 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+mod combine;
 mod config;
+mod convert;
 mod dora;
 mod embedding;
 mod factors;
+mod hotswap;
 mod in_place;
 mod init;
 mod lora;
+mod low_rank;
 mod plan;
 mod tables;
+pub mod task_vectors;
 mod tokens;
 mod tuner;
 
+pub use combine::{Combination, CombinationType, Rules, combine};
 pub use config::{Bias, Init, LoraConfig, Tokens};
+pub use convert::{Converted, ConvertedLayer, Rank, to_lora};
+pub use hotswap::hotswap;
 pub use peft_core::Layers;
 pub use tables::default_targets;

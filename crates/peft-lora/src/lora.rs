@@ -15,7 +15,7 @@ use crate::{
 /// The on-disk names below a linear layer.
 pub(crate) const A: &str = "lora_A.weight";
 pub(crate) const B: &str = "lora_B.weight";
-const BIAS: &str = "lora_B.bias";
+pub(crate) const BIAS: &str = "lora_B.bias";
 
 /// What plain LoRA leaves on one layer.
 #[derive(Debug)]
