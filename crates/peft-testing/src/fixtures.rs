@@ -63,8 +63,12 @@ fn case(dir: PathBuf) -> Case {
         .to_string_lossy()
         .into_owned();
     let base = meta["model"].as_str().unwrap_or_default();
+    let base = match meta["base"].as_str() {
+        Some(path) => root().join(path),
+        None => root().join("models").join(base),
+    };
     Case {
-        model: root().join("models").join(base),
+        model: base,
         name,
         dir,
         meta,
