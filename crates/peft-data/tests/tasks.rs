@@ -134,11 +134,17 @@ fn words_get_their_tags_on_the_tokens_python_says() {
                     before = word.clone();
                 }
                 assert_eq!(got.target, Target::Tokens(&wanted), "{kind}: {case}");
+                let begun: Vec<i64> = data
+                    .words(0)
+                    .iter()
+                    .map(|(word, _)| i64::from(*word))
+                    .collect();
                 let mut seen = usizes(&Value::Array(
                     of.iter().filter(|it| !it.is_null()).cloned().collect(),
                 ));
                 seen.dedup();
                 assert_eq!(data.report().lost_words, count - seen.len());
+                assert_eq!(begun, seen.iter().map(|it| *it as i64).collect::<Vec<_>>());
             }
         }
     }
@@ -875,6 +881,54 @@ fn windows_of_one_context_are_held_out_together() {
     };
     assert_eq!((examples(&train).len(), examples(&held_out).len()), (15, 5));
     assert_eq!(train.len() + held_out.len(), data.len());
+}
+
+#[test]
+fn rows_to_be_answered_need_no_labels() {
+    let tokenizer = tokenizer("wordpiece");
+    let of = |task: Task, row: Value| {
+        let options = TaskOptions {
+            labelled: false,
+            classes: (task != Task::QuestionAns).then(|| vec!["x".into(), "y".into()]),
+            ..TaskOptions::of(task)
+        };
+        let data = load(&tokenizer, "rows.jsonl", row.to_string(), &options).unwrap();
+        let batch = data.batch(&[0], Pass::Eval, 1).unwrap();
+        assert_eq!(data.get(0).unwrap().target, Target::None);
+        assert_eq!(batch.targets, Targets::None);
+        assert_eq!((data.problem(), data.outputs()), (None, None));
+        data.show(&tokenizer, 0).unwrap();
+        data
+    };
+    // A label that is there is not read, whatever it is.
+    let data = of(
+        Task::SeqCls,
+        json!({"text": "a", "text_pair": "b", "label": "z"}),
+    );
+    assert_eq!((data.classes().len(), data.len()), (2, 1));
+    let data = of(Task::TokenCls, json!({"tokens": ["Argentina", "is", "x"]}));
+    let row = data.get(0).unwrap();
+    let ids = |text: &str| tokenizer.encode(text, false).unwrap();
+    let first = ids("Argentina").len() as u32;
+    let second = first + ids("is").len() as u32;
+    assert_eq!(data.words(0), [(0, 1), (1, 1 + first), (2, 1 + second)]);
+    assert_eq!(row.ids[1], ids("Argentina")[0]);
+    let data = of(
+        Task::QuestionAns,
+        json!({"question": "q", "context": "a city"}),
+    );
+    let scores = vec![0.0; data.lengths()[0]];
+    assert!(
+        data.answer(0, |_| (&scores, &scores), &Search::default())
+            .is_ok()
+    );
+    let data = of(Task::Seq2SeqLm, json!({"source": "a"}));
+    assert!(data.references().is_empty());
+    let bare = TaskOptions {
+        labelled: false,
+        ..TaskOptions::of(Task::MaskedLm)
+    };
+    refused(&bare, "r.txt", "prose", &["nothing to leave out"]);
 }
 
 #[test]
