@@ -240,7 +240,7 @@ pub fn with_heads(
 ) -> Option<Vec<String>> {
     let heads = heads(common.task_type.as_deref().unwrap_or_default());
     let there = |it: &&str| outline.sites.iter().any(|site| saves(it, &site.at));
-    if !heads.iter().any(|it| there(&it)) {
+    if !heads.iter().any(there) {
         return asked;
     }
     let mut all = asked.unwrap_or_default();

@@ -133,9 +133,9 @@ fn model_type(keys: &Keys) -> Result<&str> {
 
 /// A model and the door to what it does not know yet when it is built.
 pub(crate) enum Built {
-    LanguageModel(LanguageModel),
-    Headed(Headed),
-    T5(T5),
+    LanguageModel(Box<LanguageModel>),
+    Headed(Box<Headed>),
+    T5(Box<T5>),
 }
 
 impl Built {
@@ -149,9 +149,9 @@ impl Built {
 
     pub(crate) fn network(self) -> Box<dyn Network> {
         match self {
-            Built::LanguageModel(it) => Box::new(it),
-            Built::Headed(it) => Box::new(it),
-            Built::T5(it) => Box::new(it),
+            Built::LanguageModel(it) => it,
+            Built::Headed(it) => it,
+            Built::T5(it) => it,
         }
     }
 }
@@ -186,11 +186,11 @@ pub(crate) fn network(
 ) -> Result<Built> {
     let model_type = model_type(keys)?;
     match task {
-        Task::CausalLm => return decoder(keys, weights).map(Built::LanguageModel),
+        Task::CausalLm => return Ok(Built::LanguageModel(Box::new(decoder(keys, weights)?))),
         Task::Seq2SeqLm => {
             let mut model = T5::build(T5Config::read(keys)?, weights)?;
             model.origin.config["architectures"] = vec![class(model_type, task)].into();
-            return Ok(Built::T5(model));
+            return Ok(Built::T5(Box::new(model)));
         }
         _ => {}
     }
@@ -223,7 +223,7 @@ pub(crate) fn network(
         _ => decoder_head(keys, &asked, like.size()[1], &mut maker)?,
     };
     let fresh = maker.fresh;
-    Ok(Built::Headed(Headed {
+    Ok(Built::Headed(Box::new(Headed {
         tied: task == Task::MaskedLm && keys.flag("tie_word_embeddings", true)?,
         body,
         head,
@@ -235,7 +235,7 @@ pub(crate) fn network(
             fresh,
             aside: Vec::new(),
         },
-    }))
+    })))
 }
 
 fn body(keys: &Keys, weights: &mut dyn Weights) -> Result<Box<dyn Body>> {

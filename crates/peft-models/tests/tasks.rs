@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use peft_core::{Ctx, ModelExt, Slot, State, files, tensors};
+use peft_core::{Ctx, Slot, State, files, tensors};
 use peft_models::{
     Cache, HeadOptions, Input, Labels, Network, OpenOptions, Problem, Sampling, Source, Task,
     generate_seq2seq, open, open_task, save,

@@ -183,7 +183,7 @@ fn keys_of_real_tokens_are_those_tokens() {
         let whole = Input::new(Tensor::cat(&[&both, &rest], 1));
         let expected = tch::no_grad(|| model.forward(&whole, Ctx::EVAL)).narrow(1, TOKENS, 6);
         let mut cache = Cache::new();
-        tch::no_grad(|| model.hidden(&Input::new(front), Some(&mut cache), Ctx::EVAL));
+        let _ = tch::no_grad(|| model.hidden(&Input::new(front), Some(&mut cache), Ctx::EVAL));
         let kv = cache.keys_and_values();
         let kv = kv.into_iter().map(|(k, v)| {
             let one = |t: Tensor| t.squeeze_dim(0).transpose(0, 1).copy(); // [heads, n, d]
@@ -445,7 +445,7 @@ fn labels_stay_with_their_tokens() {
         let outputs = model.outputs(&input, Ctx::EVAL).expect("outputs");
         let (sum, count) = model.loss(&input, &labels, Ctx::EVAL).expect("a loss");
         let nll = |scores: &Tensor, class: i64| -> f64 {
-            scores.log_softmax(-1, Kind::Float).double_value(&[class]) * -1.0
+            -scores.log_softmax(-1, Kind::Float).double_value(&[class])
         };
         let expected = match &labels {
             Labels::Tokens(tokens) => {
