@@ -91,6 +91,8 @@ struct Plan<'a> {
     seen: &'a Confusion,
     title: String,
     summary: String,
+    /// What the numbers in the cells are.
+    legend: &'static str,
     names: Vec<String>,
     size: (u32, u32),
     cell: i32,
@@ -140,16 +142,23 @@ impl<'a> Plan<'a> {
             seen.macro_mean().f1,
             seen.total()
         );
+        let legend = match letters {
+            (_, 0, _) => "darker: a larger part of the row",
+            (_, _, 0) => "in each cell: percent of its row",
+            _ => "in each cell: percent of its row, and the count",
+        };
         let left = MARGIN + 34 + widest + 12;
-        let top = MARGIN + 76;
+        let top = MARGIN + 98;
         let matrix = cell * n;
-        let texts = width(title, 26)?.max(width(&summary, 17)?) as i32;
+        let texts = width(title, 26)?.max(width(&summary, 17)?);
+        let texts = texts.max(width(legend, 17)?) as i32;
         let across = (left + matrix).max(MARGIN + texts.min(900)) + MARGIN;
         let down = top + matrix + below + 34 + MARGIN;
         Ok(Self {
             seen,
             title: cut(title, 26, (across - 2 * MARGIN).max(0) as u32)?,
             summary,
+            legend,
             names,
             size: (across as u32, down as u32),
             cell,
@@ -178,11 +187,9 @@ impl<'a> Plan<'a> {
             style(26, INK, HPos::Left, VPos::Top),
         )?;
         let faint = RGBColor(96, 110, 118);
-        write(
-            &self.summary,
-            (MARGIN, MARGIN + 38),
-            style(17, faint, HPos::Left, VPos::Top),
-        )?;
+        let small = || style(17, faint, HPos::Left, VPos::Top);
+        write(&self.summary, (MARGIN, MARGIN + 38), small())?;
+        write(self.legend, (MARGIN, MARGIN + 62), small())?;
         for (truth, name) in (0..).zip(&self.names) {
             let names = style(self.letters.0, INK, HPos::Right, VPos::Center);
             write(name, (left - 10, top + middle(truth)), names)?;
