@@ -67,6 +67,7 @@ pub(crate) struct Outcome {
 
 /// Trains, saves into `folder`, loads from there.
 pub(crate) fn run(folder: &Path) -> Result<Outcome> {
+    tch::set_num_threads(1); // Too small to share among threads.
     tch::manual_seed(3);
     let (images, labels) = bars(128);
     let vs = nn::VarStore::new(Device::Cpu);

@@ -95,6 +95,7 @@ pub(crate) struct Outcome {
 
 /// Trains, saves into `folder`, loads from there.
 pub(crate) fn run(folder: &Path) -> Result<Outcome> {
+    tch::set_num_threads(1); // Too small to share among threads.
     let mut block = Block::new(5);
     // Queries and values of the fused projection; the keys stay. The table gets a LoRA of its own.
     let merged = MergedLora {

@@ -60,6 +60,7 @@ pub(crate) struct Outcome {
 
 /// Trains, saves into `folder`, loads from there.
 pub(crate) fn run(folder: &Path) -> Result<Outcome> {
+    tch::set_num_threads(1); // Too small to share among threads.
     tch::manual_seed(1);
     let x = Tensor::linspace(-1.0, 1.0, 64, (Kind::Float, Device::Cpu)).unsqueeze(1); // [64, 1]
     let error = |y: &Tensor, target: &Tensor| (y - target).square().mean(Kind::Float);
