@@ -96,3 +96,6 @@ extern "C" int peft_vjp(at::Tensor** outputs, at::Tensor** grads, size_t nout, a
     for (size_t i = 0; i < nin; i++) result[i] = got[i].defined() ? new at::Tensor(got[i]) : nullptr;
   });
 }
+
+// Forgets the gradient of a leaf; its memory is free once nobody else holds it.
+extern "C" void peft_drop_grad(at::Tensor* leaf) { leaf->mutable_grad().reset(); }

@@ -47,6 +47,7 @@ unsafe extern "C" {
         result: *mut P,
         err: *mut *mut c_char,
     ) -> c_int;
+    fn peft_drop_grad(leaf: P);
     fn peft_linear_onednn(x: P, w: P, b: P, y: *mut P, err: *mut *mut c_char) -> c_int;
     fn peft_has_onednn() -> c_int;
     fn peft_grad_enabled() -> c_int;
@@ -293,6 +294,11 @@ pub(crate) fn vjp(
         .into_iter()
         .map(|p: P| (!p.is_null()).then(|| unsafe { Tensor::from_ptr(p) }))
         .collect())
+}
+
+pub(crate) fn drop_grad(leaf: &mut Tensor) {
+    // SAFETY: a live tensor, borrowed mutably; an undefined gradient is reset to itself.
+    unsafe { peft_drop_grad(ptr(leaf)) }
 }
 
 pub(crate) fn linear_onednn(

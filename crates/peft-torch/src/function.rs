@@ -88,3 +88,11 @@ pub fn vjp(
 pub fn backward(outputs: &[&Tensor], grads: &[&Tensor]) -> Result<(), TchError> {
     ffi::vjp(outputs, grads, &[]).map(drop)
 }
+
+/// Forgets the gradient of a leaf, so that the next backward pass stores its own instead of adding to zeros.
+///
+/// For a model that is trained whole that is a pass over all gradients less, and they need no memory during the
+/// forward pass.
+pub fn drop_grad(leaf: &mut Tensor) {
+    ffi::drop_grad(leaf);
+}

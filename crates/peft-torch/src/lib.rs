@@ -27,7 +27,7 @@ pub mod thin;
 
 pub use adamw::{AdamW, Moments};
 pub use attention::attention;
-pub use function::{Function, apply, backward, vjp};
+pub use function::{Function, apply, backward, drop_grad, vjp};
 pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
 pub use low_rank::add_low_rank;
 pub use ops::{

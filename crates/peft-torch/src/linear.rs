@@ -108,7 +108,11 @@ impl Function for Linear {
         let rows = |t: &Tensor| t.reshape([-1, t.size()[t.dim() - 1]]);
         let dx = needs[0].then(|| product(g, &self.w.tr(), None));
         let dw = match &self.x {
-            Some(x) if needs[1] => Some(product(&rows(g).tr(), &rows(x).tr(), None)),
+            // In the strides of the weight, or libtorch would copy it into them.
+            Some(x) if needs[1] && self.w.is_contiguous() => {
+                Some(product(&rows(g).tr(), &rows(x).tr(), None))
+            }
+            Some(x) if needs[1] => Some(product(&rows(x).tr(), &rows(g).tr(), None).tr()),
             _ => None,
         };
         let mut all = vec![dx, dw];

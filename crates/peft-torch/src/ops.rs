@@ -10,20 +10,20 @@
 use crate::{Function, apply, ffi};
 use tch::{Device, Kind, TchError, Tensor};
 
-/// RMSNorm (1910.07467): `y = x / √(mean(x²) + eps) · w`; x: `[.., d]`, w: `[d]`.
+/// RMSNorm (1910.07467): `y = x / √(mean(x²) + eps) · w`; x: `[.., d]`, w: `[d]`. Differentiable in both.
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Tensor {
-    let fits = w.kind() == x.kind() && w.is_contiguous() && !w.requires_grad();
+    let fits = w.kind() == x.kind() && w.is_contiguous();
     if !(fits && native(x)) {
         let f = x.to_kind(Kind::Float);
         let mean = f.square().mean_dim([-1i64].as_slice(), true, Kind::Float);
         return (f * (mean + eps).rsqrt()).to_kind(x.kind()) * w;
     }
-    let [y] = apply(&[x], || {
+    let [y] = apply(&[x, w], || {
         let x = x.contiguous();
         let [y, rstd] = ffi::rms_norm(&x, w, eps).expect("checked above");
         let saved = RmsNorm {
             x: x.detach(),
-            w: w.shallow_clone(),
+            w: w.detach(),
             rstd,
         };
         ([y], saved)
@@ -41,10 +41,23 @@ impl Function for RmsNorm {
     fn backward(
         &self,
         grads: &[Option<Tensor>],
-        _: &[bool],
+        needs: &[bool],
     ) -> Result<Vec<Option<Tensor>>, TchError> {
-        let dx = |g: &Tensor| ffi::rms_norm_backward(&g.contiguous(), &self.x, &self.w, &self.rstd);
-        Ok(vec![grads[0].as_ref().map(dx).transpose()?])
+        let Some(g) = &grads[0] else {
+            return Ok(vec![None, None]);
+        };
+        let g = g.contiguous();
+        let dx = match needs[0] {
+            true => Some(ffi::rms_norm_backward(&g, &self.x, &self.w, &self.rstd)?),
+            false => None,
+        };
+        // Σ rows g · x · rstd, in fp32
+        let dw = needs[1].then(|| {
+            let rows = |t: &Tensor| t.view([-1, self.w.numel() as i64]).to_kind(Kind::Float);
+            let sum = (rows(&g) * rows(&self.x)).tr().mv(&self.rstd);
+            sum.to_kind(self.w.kind())
+        });
+        Ok(vec![dx, dw])
     }
 }
 

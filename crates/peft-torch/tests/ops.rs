@@ -1,8 +1,8 @@
 //! Each kernel against the formula in libtorch's own operations, values and gradients, odd sizes, both dtypes.
 
 use peft_torch::{
-    AdamW, Moments, add_, cross_entropy_, gelu_tanh, gemv, linear, memory, rms_norm, rng, rope,
-    scale, scale_, set_fast_fp32, swiglu, vjp,
+    AdamW, Moments, add_, cross_entropy_, drop_grad, gelu_tanh, gemv, linear, memory, rms_norm, rng,
+    rope, scale, scale_, set_fast_fp32, swiglu, vjp,
 };
 use tch::{Device, Kind, Reduction, Tensor};
 
@@ -64,8 +64,8 @@ fn norms_turns_and_gates() {
         let w = random(&[d], Kind::BFloat16).to_kind(Kind::Float);
         same(
             "rms_norm",
-            &[x.shallow_clone()],
-            |t| rms_norm(&t[0], &w.to_kind(t[0].kind()), 1e-5),
+            &[x.shallow_clone(), w],
+            |t| rms_norm(&t[0], &t[1], 1e-5),
             |t| {
                 &t[0]
                     * (t[0]
@@ -73,7 +73,7 @@ fn norms_turns_and_gates() {
                         .mean_dim([-1i64].as_slice(), true, Kind::Float)
                         + 1e-5)
                         .rsqrt()
-                    * &w
+                    * &t[1]
             },
         );
         let angle = random(&[1, s, d / 2], Kind::Float);
@@ -219,6 +219,12 @@ fn products_and_their_gradients() {
                 |t| linear(&t[0], &w.tr().contiguous().tr().to_kind(t[0].kind()), None),
                 |t| t[0].matmul(&w.tr()),
             );
+            same(
+                "transposed and trained",
+                &[x.shallow_clone(), w.tr().contiguous()],
+                |t| linear(&t[0], &t[1].tr(), None),
+                |t| t[0].matmul(&t[1]),
+            );
         }
     }
 }
@@ -262,7 +268,8 @@ fn adamw_is_the_papers() {
     for step in 1..=4 {
         let slope = |t: &Tensor| (t * step as f64).sin();
         for p in &mut fused {
-            p.zero_grad();
+            drop_grad(p);
+            assert!(!p.grad().defined());
             let g = slope(&p.detach());
             (&*p * g).sum(Kind::Float).backward();
         }

@@ -6,7 +6,7 @@
 //! n of all gradients together, g ← g · min(1, max / (n + 1e-6)).
 
 use peft_core::Param;
-use peft_torch::{AdamW, Moments};
+use peft_torch::{AdamW, Moments, drop_grad};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -66,10 +66,10 @@ impl Optimizer {
         self.entries.iter().map(|it| it.tensor.numel()).sum()
     }
 
-    /// Sets all gradients to zero.
+    /// Forgets all gradients.
     pub fn zero_grad(&mut self) {
         for entry in &mut self.entries {
-            entry.tensor.zero_grad();
+            drop_grad(&mut entry.tensor);
         }
     }
 
