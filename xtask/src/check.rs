@@ -24,7 +24,7 @@ pub(crate) fn test(args: &TestArgs) -> Result<()> {
     libtorch::ensure()?;
     if !args.quick {
         run::build_peft()?;
-        fetch_model();
+        fetch_models();
     }
     let filter: Vec<&str> = args.filter.iter().map(String::as_str).collect();
     let runner: &[&str] = if run::works(&mut run::cargo(&["nextest", "--version"])) {
@@ -58,11 +58,16 @@ pub(crate) fn test(args: &TestArgs) -> Result<()> {
 }
 
 /// Tests must pass without a network, so a model that cannot be had is only said.
-fn fetch_model() {
-    if let Err(error) = model::ensure() {
-        ui::say(format!(
-            "SmolLM2 could not be fetched ({error}); the tests that need it are skipped"
-        ));
+fn fetch_models() {
+    for (name, model) in [
+        ("SmolLM2", model::ensure()),
+        ("MiniLM", model::ensure_encoder()),
+    ] {
+        if let Err(error) = model {
+            ui::say(format!(
+                "{name} could not be fetched ({error}); the tests that need it are skipped"
+            ));
+        }
     }
 }
 

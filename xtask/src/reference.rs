@@ -57,6 +57,9 @@ fn make(python: &Path, out: &Path, args: &FixturesArgs) -> Result<()> {
     if model::is_ready() {
         make.arg("--smollm2").arg(model::folder());
     }
+    if model::encoder_is_ready() {
+        make.arg("--minilm").arg(model::encoder_folder());
+    }
     if let Some(prefix) = &args.only {
         make.args(["--only", prefix]);
     }
