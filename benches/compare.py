@@ -27,17 +27,44 @@ KEEP = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=85899
 GPT2 = 12 * (768 * 2304 + 768 * 768 + 2 * 768 * 3072) + 768 * 50257
 BLOCKS = 12 * (4 * 768 * 768 + 3 * 768 * 2048)
 LLAMA = BLOCKS + 768 * 32000
+
+
+def adapter(peft_type, **settings):
+    """The flag that dresses a model, with what `adapter_config.json` would hold."""
+    return ["--adapter", json.dumps({"peft_type": peft_type, **settings})]
+
+
+def lora(*targets):
+    return adapter("LORA", r=8, lora_alpha=16, target_modules=list(targets) or "all-linear")
+
+
 STEPS = [
-    ("gpt2 c_attn fp32", ["--model", "gpt2", "--targets", "c_attn"], 512 * 4 * GPT2, "fp32", (0.42, 0.75, 1.2)),
-    ("llama all-linear fp32", ["--model", "llama", "--targets", "all-linear"], 512 * 4 * LLAMA, "fp32", (0.42, 0.75, 1.25)),
-    ("llama all-linear bf16", ["--model", "llama", "--targets", "all-linear", "--dtype", "bf16"], 512 * 4 * LLAMA, "bf16", (0.60, 0.70, 1.6)),
+    ("gpt2 c_attn fp32", ["--model", "gpt2", *lora("c_attn")], 512 * 4 * GPT2, "fp32", (0.42, 0.75, 1.2)),
+    ("llama all-linear fp32", ["--model", "llama", *lora()], 512 * 4 * LLAMA, "fp32", (0.42, 0.75, 1.25)),
+    ("llama all-linear bf16", ["--model", "llama", *lora(), "--dtype", "bf16"], 512 * 4 * LLAMA, "bf16", (0.60, 0.70, 1.6)),
     (
         "llama all-linear bf16, 3/4 masked",
-        ["--model", "llama", "--targets", "all-linear", "--dtype", "bf16", "--masked", "0.75"],
+        ["--model", "llama", *lora(), "--dtype", "bf16", "--masked", "0.75"],
         512 * 4 * BLOCKS + 128 * 4 * 768 * 32000,
         "bf16",
         (0.50, 0.60, None),
     ),
+]
+
+# Every method on the shape of GPT-2 small, batch 4 x 128, fp32. The whole model's gradients and moments weigh as much
+# in either language, so its memory has a target of its own.
+VIRTUAL = {"num_virtual_tokens": 20}
+METHODS = [
+    ("LoRA", lora("c_attn")),
+    ("AdaLoRA", adapter("ADALORA", target_modules=["c_attn"])),
+    ("VeRA", adapter("VERA", target_modules=["c_attn"])),
+    ("(IA)3", adapter("IA3")),
+    ("BitFit", adapter("BITFIT")),
+    ("LN tuning", adapter("LN_TUNING")),
+    ("prefix tuning", adapter("PREFIX_TUNING", **VIRTUAL)),
+    ("prompt tuning", adapter("PROMPT_TUNING", **VIRTUAL)),
+    ("P-tuning", adapter("P_TUNING", **VIRTUAL)),
+    ("full fine-tuning", []),
 ]
 
 
@@ -86,6 +113,16 @@ def conversations(path, rows):
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
+def adapter_of(model, folder):
+    """A LoRA of rank 8 on every linear layer of a model, trained by nobody."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "adapter_config.json").exists():
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+
+
 def run(command, env=None):
     begin = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
@@ -102,7 +139,7 @@ class Bench:
         self.args = args
         self.folder = ROOT / "target/bench"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows, self.raw = [], {}
+        self.rows, self.raw, self.notes = [], {}, []
 
     def ours(self, job):
         return run([self.args.jobs, *job])
@@ -144,8 +181,39 @@ class Bench:
             self.row(f"step: {name}", lambda it: [s for r in it for s in r["samples"]], runs, floor, targets)
             self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, None, (0.60, None, None), "MiB")
 
+    def methods(self):
+        job = ["step", "--model", str(self.folder / "gpt2"), "--steps", str(self.args.steps), "--warmup", "1"]
+        for name, flags in METHODS:
+            if self.args.only not in name and self.args.only not in "methods":
+                continue
+            runs = self.rounds(f"method: {name}", [*job, *flags], self.args.rounds)
+            self.row(f"step: {name}", lambda it: [s for r in it for s in r["samples"]], runs, None, (0.45, 0.80, None))
+            memory = 0.60 if flags else 0.85
+            self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, None, (memory, None, None), "MiB")
+
+    def mixing(self):
+        runs = self.rounds("mixed", ["mixed", "--model", str(self.folder / "gpt2")], self.args.rounds)
+        self.row("8 rows, one adapter", lambda it: [s for r in it for s in r["one"]], runs)
+        self.row("8 rows, 8 adapters", lambda it: [s for r in it for s in r["samples"]], runs)
+        middle = lambda key: statistics.median(s for r in runs["ours"] for s in r[key])
+        for what, many, one in [("", "samples", "one"), (", blocks alone", "blocks", "blocks_one")]:
+            ratio = middle(many) / middle(one)
+            self.notes.append(f"8 adapters / one adapter{what}: {ratio:.2f} (≤ 1.3: {'met' if ratio <= 1.3 else 'missed'})")
+            print(self.notes[-1], flush=True)
+
+    def loading(self):
+        model = ROOT / "target/models/smollm2"
+        if not model.exists():
+            print("loading: skipped, `cargo xtask demo` makes target/models/smollm2", flush=True)
+            return
+        file = self.folder / "adapter"
+        adapter_of(model, file)
+        runs = self.rounds("load", ["load", "--model", str(model), "--file", str(file), "--adapters", "100"], self.args.rounds)
+        self.row("load 100 adapters of rank 8", lambda it: [s for r in it for s in r["samples"]], runs)
+        self.row("their memory", lambda it: [r["bytes"] / 2**20 for r in it], runs, unit="MiB")
+
     def start(self):
-        job = ["step", "--model", str(self.folder / "gpt2"), "--targets", "c_attn", "--steps", "1", "--warmup", "0"]
+        job = ["step", "--model", str(self.folder / "gpt2"), *lora("c_attn"), "--steps", "1", "--warmup", "0"]
         runs = self.rounds("start", job, self.args.rounds)
         self.row("start to the end of the first step", lambda it: [r["wall_s"] for r in it], runs, None, (0.20, None, None))
 
@@ -182,21 +250,30 @@ class Bench:
         self.floor = self.ours(["floor"])
         print(json.dumps(self.floor), flush=True)
         print(HEAD, flush=True)
-        wanted = lambda name: not self.args.only or self.args.only in name
         self.steps()
-        for name, job in [("start", self.start), ("generate", self.generation), ("merge", self.merging), ("tokenise", self.tokenising)]:
-            if wanted(name):
+        self.methods()
+        jobs = {
+            "mixed": self.mixing,
+            "load": self.loading,
+            "start": self.start,
+            "generate": self.generation,
+            "merge": self.merging,
+            "tokenise": self.tokenising,
+        }
+        for name, job in jobs.items():
+            if self.args.only in name:
                 job()
         self.write()
 
     def write(self):
         stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-        report = {"machine": machine(), "when": stamp, "floor": self.floor, "rows": self.rows, "raw": self.raw}
+        report = {"machine": machine(), "when": stamp, "floor": self.floor, "rows": self.rows, "notes": self.notes, "raw": self.raw}
         out = pathlib.Path(self.args.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{stamp}.json").write_text(json.dumps(report, indent=1) + "\n")
         table = "\n".join([HEAD, *map(line, self.rows)])
-        (out / f"{stamp}.md").write_text(f"{machine()}, {stamp}\n\n{table}\n")
+        notes = "".join(f"\n{note}\n" for note in self.notes)
+        (out / f"{stamp}.md").write_text(f"{machine()}, {stamp}\n\n{table}\n{notes}")
         print(f"raw results: {out / stamp}.json")
 
 

@@ -22,11 +22,24 @@ def load(args):
 
 
 def adapted(args, model):
-    from peft import LoraConfig, get_peft_model
+    """Dresses a model as `--adapter` says; without one everything is trained."""
+    import peft
 
-    targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    if not args.adapter:
+        return model
+    config = json.loads(args.adapter)
+    kind = config.pop("peft_type")
+    if kind == "BITFIT":  # which `peft` does not have
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+        return model
+    if kind == "ADALORA":
+        config["total_step"] = args.warmup + args.steps
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **config)
+    return peft.get_peft_model(model, config)
+
+
+LORA = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}'
 
 
 def step(args):
@@ -44,6 +57,8 @@ def step(args):
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         optimizer.step()
+        if "ADALORA" in (args.adapter or ""):
+            model.base_model.update_and_allocate(i + 1)
         optimizer.zero_grad()
         seconds = time.perf_counter() - begin
         losses.append(loss.item())
@@ -75,12 +90,51 @@ def generate(args):
 
 
 def merge(args):
+    args.adapter = LORA
     model = adapted(args, load(args))
     begin = time.perf_counter()
     merged = model.merge_and_unload()
     seconds = time.perf_counter() - begin
     merged.save_pretrained(args.out)
     return {"samples": [time.perf_counter() - begin], "merge_s": seconds}
+
+
+def mixed(args):
+    import torch
+
+    args.adapter = LORA
+    model = adapted(args, load(args)).eval()
+    for i in range(1, args.adapters):
+        model.add_adapter(str(i), model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.01)
+    names = ["default", *map(str, range(1, args.adapters))]
+    ids = torch.randint(model.config.vocab_size, (args.adapters, args.seq))
+    one, samples = [], []
+    with torch.no_grad():
+        for _ in range(args.repeats + 1):
+            for times, extra in [(one, {}), (samples, {"adapter_names": names})]:
+                begin = time.perf_counter()
+                model(input_ids=ids, use_cache=False, **extra)
+                times.append(time.perf_counter() - begin)
+    return {"samples": samples[1:], "one": one[1:]}
+
+
+def load_many(args):
+    from peft import PeftModel
+
+    def memory():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    model = load(args)
+    before, begin = memory(), time.perf_counter()
+    model = PeftModel.from_pretrained(model, args.file, adapter_name="0")
+    for i in range(1, args.adapters):
+        model.load_adapter(args.file, adapter_name=str(i))
+    return {"samples": [time.perf_counter() - begin], "bytes": memory() - before}
 
 
 def tokenise(args):
@@ -114,11 +168,16 @@ def encode(line):
     return whole, len(prompt)
 
 
+JOBS = {"step": step, "generate": generate, "merge": merge, "mixed": mixed, "load": load_many, "tokenise": tokenise}
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("job", choices=["step", "generate", "merge", "tokenise"])
+    parser.add_argument("job", choices=JOBS)
     parser.add_argument("--model")
-    parser.add_argument("--targets", default="all-linear")
+    parser.add_argument("--adapter")
+    parser.add_argument("--adapters", type=int, default=8)
+    parser.add_argument("--file")
     parser.add_argument("--dtype", default="fp32")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=128)
@@ -142,7 +201,7 @@ def main():
         torch.manual_seed(0)
         if args.onednn:
             torch.set_float32_matmul_precision("medium")
-    result = globals()[args.job](args)
+    result = JOBS[args.job](args)
     result["process_s"] = time.perf_counter() - STARTED
     result["peak_bytes"] = peak_bytes()
     print(json.dumps(result))

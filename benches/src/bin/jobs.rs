@@ -4,10 +4,9 @@ use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use peft_core::{Ctx, ModelExt, Names};
-use peft_lora::LoraConfig;
+use peft_core::{Adapter, Ctx, ModelExt, Param, Rows, Schedule, Tuner};
 use peft_models::{Cache, Decoder, IGNORE, Input, OpenOptions, causal_loss, open, save};
-use peft_torch::{AdamW, Moments, linear, memory};
+use peft_torch::{AdamW, Moments, drop_grad, linear, memory};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -24,13 +23,13 @@ struct Args {
 enum Job {
     /// Rates of matrix products and of memory
     Floor,
-    /// Training steps with LoRA
+    /// Training steps with one method
     Step {
         #[arg(long)]
         model: PathBuf,
-        /// Comma-separated suffixes, or all-linear
+        /// What `adapter_config.json` would hold; without one the whole model is trained
         #[arg(long)]
-        targets: String,
+        adapter: Option<String>,
         #[arg(long, default_value = "fp32")]
         dtype: Dtype,
         #[arg(long, default_value_t = 4)]
@@ -64,6 +63,27 @@ enum Job {
         model: PathBuf,
         #[arg(long)]
         out: PathBuf,
+    },
+    /// A batch whose rows go through as many adapters, beside the same batch through one of them
+    Mixed {
+        #[arg(long)]
+        model: PathBuf,
+        #[arg(long, default_value_t = 8)]
+        adapters: usize,
+        #[arg(long, default_value_t = 128)]
+        seq: i64,
+        #[arg(long, default_value_t = 5)]
+        repeats: usize,
+    },
+    /// Loads one adapter's file under many names onto one model
+    Load {
+        #[arg(long)]
+        model: PathBuf,
+        /// The adapter's folder
+        #[arg(long)]
+        file: PathBuf,
+        #[arg(long, default_value_t = 100)]
+        adapters: usize,
     },
     /// Tokenises a file of conversations into a cold cache
     Tokenise {
@@ -101,7 +121,7 @@ fn main() -> Result<()> {
         Job::Floor => floor(),
         Job::Step {
             model,
-            targets,
+            adapter,
             dtype,
             batch,
             seq,
@@ -110,9 +130,10 @@ fn main() -> Result<()> {
             warmup,
         } => {
             let mut model = load(&model, dtype)?;
-            inject(&mut *model, &targets)?;
+            let total = warmup + steps;
+            let mut trained = dress(&mut *model, adapter.as_deref(), total)?;
             let batch = random_batch(&*model, batch, seq, masked);
-            step(&mut *model, &batch, steps, warmup)?
+            step(&*model, &mut trained, &batch, steps, warmup)?
         }
         Job::Generate {
             model,
@@ -122,6 +143,17 @@ fn main() -> Result<()> {
             repeats,
         } => generate(&*load(&model, dtype)?, new, prompt, repeats),
         Job::Merge { model, out } => merge(&model, &out)?,
+        Job::Mixed {
+            model,
+            adapters,
+            seq,
+            repeats,
+        } => mixed(&mut *load(&model, Dtype::Fp32)?, adapters, seq, repeats)?,
+        Job::Load {
+            model,
+            file,
+            adapters,
+        } => load_many(&mut *load(&model, Dtype::Fp32)?, &file, adapters)?,
         Job::Tokenise {
             tokenizer,
             data,
@@ -144,18 +176,39 @@ fn load(dir: &std::path::Path, dtype: Dtype) -> Result<Box<dyn Decoder>> {
     Ok(open(&dir.to_string_lossy(), options)?)
 }
 
-fn inject(model: &mut dyn Decoder, targets: &str) -> Result<()> {
-    let mut lora = LoraConfig {
-        r: 8,
-        lora_alpha: 16.0,
-        ..LoraConfig::default()
-    };
-    lora.target_modules = Some(match targets {
-        "all-linear" => Names::Regex(targets.into()),
-        list => Names::List(list.split(',').map(str::to_owned).collect()),
-    });
-    Ok(model.inject("default", &lora)?)
+/// What is trained, and what the method does besides being stepped.
+struct Trained {
+    params: Vec<Param>,
+    schedule: Option<Box<dyn Schedule>>,
 }
+
+/// Puts the method that a configuration means on the model; without one all of the model is trained.
+fn dress(model: &mut dyn Decoder, adapter: Option<&str>, steps: usize) -> Result<Trained> {
+    let Some(config) = adapter else {
+        return Ok(Trained {
+            params: model.thaw(None)?,
+            schedule: None,
+        });
+    };
+    let mut config: Value = serde_json::from_str(config)?;
+    if config["peft_type"] == "ADALORA" {
+        config["total_step"] = json!(steps);
+    }
+    let tuner = method(&config.to_string())?;
+    model.inject("default", &*tuner)?;
+    Ok(Trained {
+        params: model.params("default"),
+        schedule: tuner.schedule(),
+    })
+}
+
+/// The method that a configuration means.
+fn method(config: &str) -> Result<Box<dyn Tuner>> {
+    Ok(peft::builtin().parse(serde_json::from_str(config)?)?)
+}
+
+const LORA: &str =
+    r#"{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}"#;
 
 fn random_batch(model: &dyn Decoder, batch: i64, seq: i64, masked: f64) -> (Input, Tensor) {
     let ids = Tensor::randint(model.vocab(), [batch, seq], (Kind::Int64, Device::Cpu));
@@ -166,16 +219,14 @@ fn random_batch(model: &dyn Decoder, batch: i64, seq: i64, masked: f64) -> (Inpu
 }
 
 fn step(
-    model: &mut dyn Decoder,
+    model: &dyn Decoder,
+    trained: &mut Trained,
     (input, labels): &(Input, Tensor),
     steps: usize,
     warmup: usize,
 ) -> Result<Value> {
-    let mut params: Vec<Tensor> = model
-        .trainable("default")
-        .into_iter()
-        .map(|it| it.tensor)
-        .collect();
+    let leaves = trained.params.iter().map(|it| it.tensor.shallow_clone());
+    let mut params: Vec<Tensor> = leaves.filter(Tensor::requires_grad).collect();
     let mut moments: Vec<Moments> = params.iter().map(Moments::new).collect();
     let (mut times, mut losses, mut parts) = (Vec::new(), Vec::new(), Vec::new());
     for i in 0..warmup + steps {
@@ -184,10 +235,17 @@ fn step(
         let loss = sum / count;
         let forward = begin.elapsed().as_secs_f64();
         loss.f_backward()?;
+        let penalty = trained.schedule.as_ref();
+        if let Some(term) = penalty.and_then(|it| it.penalty(&trained.params)) {
+            term.f_backward()?;
+        }
         let backward = begin.elapsed().as_secs_f64() - forward;
         let mut pairs: Vec<_> = params.iter_mut().zip(&mut moments).collect();
         AdamW::default().step(&mut pairs, 1e-4, 0.0)?;
-        params.iter_mut().for_each(Tensor::zero_grad);
+        if let Some(schedule) = &mut trained.schedule {
+            schedule.after_step(&trained.params, i + 1)?;
+        }
+        params.iter_mut().for_each(drop_grad);
         let total = begin.elapsed().as_secs_f64();
         losses.push(loss.double_value(&[]));
         if i >= warmup {
@@ -221,7 +279,7 @@ fn generate(model: &dyn Decoder, new: usize, prompt: i64, repeats: usize) -> Val
 fn merge(dir: &std::path::Path, out: &std::path::Path) -> Result<Value> {
     let begin = Instant::now();
     let mut model = load(dir, Dtype::Fp32)?;
-    inject(&mut *model, "all-linear")?;
+    model.inject("default", &*method(LORA)?)?;
     let loaded = begin.elapsed().as_secs_f64();
     model.merge_and_unload()?;
     let merged = begin.elapsed().as_secs_f64();
@@ -230,6 +288,58 @@ fn merge(dir: &std::path::Path, out: &std::path::Path) -> Result<Value> {
     Ok(
         json!({"samples": [saved - loaded], "load_s": loaded, "merge_s": merged - loaded, "save_s": saved - merged}),
     )
+}
+
+/// Both kinds of batch in turn, since times drift; the blocks alone besides, which the head cannot hide.
+fn mixed(model: &mut dyn Decoder, adapters: usize, seq: i64, repeats: usize) -> Result<Value> {
+    let names: Vec<String> = (0..adapters).map(|i| i.to_string()).collect();
+    let lora = method(LORA)?;
+    for name in &names {
+        model.inject(name, &*lora)?;
+        for mut param in model.trainable(name) {
+            let _ = tch::no_grad(|| param.tensor.normal_(0.0, 0.01));
+        }
+    }
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let rows = Rows::new(model, &names)?;
+    model.activate(names[0])?;
+    let ids = Tensor::randint(
+        model.vocab(),
+        [adapters as i64, seq],
+        (Kind::Int64, Device::Cpu),
+    );
+    let input = Input::new(ids);
+    let _off = tch::no_grad_guard();
+    let time = |ctx: Ctx| {
+        let begin = Instant::now();
+        let hidden = model.hidden(&input, None, ctx);
+        let blocks = begin.elapsed().as_secs_f64();
+        drop(model.head().forward(&hidden, ctx));
+        (begin.elapsed().as_secs_f64(), blocks)
+    };
+    let (mut one, mut all) = (Vec::new(), Vec::new());
+    for _ in 0..=repeats {
+        one.push(time(Ctx::EVAL));
+        all.push(time(Ctx::mixed(&rows)));
+    }
+    let part = |times: &[(f64, f64)], of: fn(&(f64, f64)) -> f64| -> Vec<f64> {
+        times[1..].iter().map(of).collect()
+    };
+    Ok(json!({
+        "samples": part(&all, |it| it.0), "one": part(&one, |it| it.0),
+        "blocks": part(&all, |it| it.1), "blocks_one": part(&one, |it| it.1),
+    }))
+}
+
+fn load_many(model: &mut dyn Decoder, file: &std::path::Path, adapters: usize) -> Result<Value> {
+    let known = peft::builtin();
+    let memory = || memory::usage(Device::Cpu).map_or(0, |it| it.now);
+    let (before, begin) = (memory(), Instant::now());
+    for i in 0..adapters {
+        Adapter::load(file, &known)?.apply(&i.to_string(), model)?;
+    }
+    let seconds = begin.elapsed().as_secs_f64();
+    Ok(json!({"samples": [seconds], "bytes": memory().saturating_sub(before)}))
 }
 
 fn tokenise(tokenizer: &std::path::Path, data: PathBuf, cache: PathBuf) -> Result<Value> {
