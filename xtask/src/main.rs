@@ -20,6 +20,7 @@ mod new_method;
 mod paths;
 mod python;
 mod readme;
+mod real;
 mod reference;
 mod run;
 mod tidy;
@@ -53,6 +54,8 @@ enum Task {
     Dist(dist::Args),
     /// Run the benchmarks; with --python beside Python's `peft`
     Bench(bench::Args),
+    /// Train every method on real models and text, ours beside Python's, and make the table of it
+    Real(real::Args),
     /// Remake the committed test fixtures with Python's `peft`
     Fixtures(reference::FixturesArgs),
     /// Exchange files with Python's `peft` both ways and compare the numbers
@@ -80,6 +83,7 @@ fn run(task: Task) -> Result<()> {
         Task::Setup(args) => libtorch::setup(&args),
         Task::Dist(args) => dist::dist(&args),
         Task::Bench(args) => bench::bench(&args),
+        Task::Real(args) => real::real(&args),
         Task::Fixtures(args) => reference::fixtures(&args),
         Task::Interop(args) => reference::interop(&args),
         Task::NewMethod(args) => new_method::new_method(&args),
