@@ -10,6 +10,7 @@ mod args;
 mod commands;
 mod error;
 mod methods;
+mod metrics;
 mod sources;
 
 mod terminal;

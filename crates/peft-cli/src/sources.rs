@@ -13,10 +13,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use peft::{
-    core::{Adapter, Model, files, nearest},
+    core::{Adapter, Model, files, nearest, tensors::Mapped},
     data::Tokenizer,
     models::{
-        Decoder, HeadOptions, Network, OpenOptions, Source, Task, open_source, open_task, tasks,
+        Decoder, HeadOptions, Network, OpenOptions, Problem, Source, Task, open_source, open_task,
+        tasks,
     },
     train::Run,
 };
@@ -100,6 +101,10 @@ pub(crate) struct Sources {
     pub(crate) adapters: Vec<(String, PathBuf)>,
     /// A folder with a tokenizer that goes before the base's own: that of a run or adapter.
     pub(crate) tokenizer: Option<PathBuf>,
+    /// The task of the run that was named.
+    pub(crate) task: Option<Task>,
+    /// What a head should be like, where a run says so.
+    pub(crate) head: HeadOptions,
 }
 
 impl SourceArgs {
@@ -144,12 +149,22 @@ impl SourceArgs {
 
     fn of_run(&self, run: &Run) -> Result<Sources> {
         let info = run.info()?;
-        let model = self.base.model.clone().unwrap_or(info.base_model);
+        let whole = info.method == FULL;
+        let own = match (whole, self.best) {
+            (true, true) => Some(run.best()),
+            (true, false) => Some(run.adapter()),
+            (false, _) => None,
+        };
+        let own = own.map(|dir| dir.to_string_lossy().into_owned());
+        let model = self.base.model.clone().or(own).unwrap_or(info.base_model);
         let of = format!("the base of the run `{}`", run.dir().display());
         let mut found =
             found(&model).with_context(|| format!("{of}; name another place with `--model`"))?;
+        let (task, head) = of_more(&info.more);
+        (found.task, found.head) = (task, head);
         found.adapters = match (self.base.adapter.is_empty(), self.no_adapter, self.best) {
             (false, _, _) => named(&self.base.adapter)?,
+            (_, _, _) if whole => Vec::new(),
             (_, true, _) => Vec::new(),
             (_, _, true) => vec![(
                 "default".into(),
@@ -216,6 +231,9 @@ impl Sources {
         if let Some(asked) = asked {
             return asked.parse().map_err(usage);
         }
+        if let Some(task) = self.task {
+            return Ok(task);
+        }
         for (_, dir) in &self.adapters {
             let json = files::read_json(&dir.join(ADAPTER_CONFIG))?;
             if let Some(task) = json.get("task_type").and_then(|it| it.as_str()) {
@@ -238,8 +256,56 @@ impl Sources {
             kind: Some(at.kind),
             device: at.device,
         };
-        open_task(&self.base, task, options, &HeadOptions::default())
+        self.open(task, options)
+    }
+
+    /// The model for a task on the processor, dressed; `kind`: `None` as it is stored.
+    pub(crate) fn load_stored(&self, task: Task, kind: Option<Kind>) -> Result<Box<dyn Network>> {
+        let device = Device::Cpu;
+        let mut model = self.open(task, OpenOptions { kind, device })?;
+        self.dress(&mut *model)?;
+        Ok(model)
+    }
+
+    fn open(&self, task: Task, options: OpenOptions) -> Result<Box<dyn Network>> {
+        let mut head = self.head.clone();
+        if head.num_labels.is_none() {
+            head.num_labels = self.outputs_of_adapters();
+        }
+        open_task(&self.base, task, options, &head)
             .with_context(|| format!("model `{}`", self.model))
+    }
+
+    /// The names of the classes of a head that the checkpoint has already.
+    pub(crate) fn classes_of(&self, task: Task) -> Result<Option<Vec<String>>> {
+        let config = self.base.config()?;
+        if task_of(&config) != Some(task) || !matches!(task, Task::SeqCls | Task::TokenCls) {
+            return Ok(None);
+        }
+        let Some(map) = config.get("id2label").and_then(|it| it.as_object()) else {
+            return Ok(None);
+        };
+        let name = |i: usize| map.get(&i.to_string())?.as_str().map(str::to_owned);
+        let names: Option<Vec<String>> = (0..map.len()).map(name).collect();
+        // Names that nobody gave say nothing of the data's.
+        Ok(names.filter(|all| !all.iter().all(|it| it.starts_with("LABEL_"))))
+    }
+
+    /// How many outputs the head has that an adapter brings along: the base's own says nothing of it.
+    fn outputs_of_adapters(&self) -> Option<i64> {
+        let heads = [
+            "classifier.weight",
+            "classifier.out_proj.weight",
+            "score.weight",
+            "qa_outputs.weight",
+        ];
+        self.adapters.iter().find_map(|(_, dir)| {
+            let file = Mapped::open(&dir.join("adapter_model.safetensors")).ok()?;
+            let key = file
+                .names()
+                .find(|key| heads.iter().any(|head| key.ends_with(head)))?;
+            file.info(key)?.0.first().copied()
+        })
     }
 
     /// The model for a task, dressed.
@@ -328,6 +394,8 @@ fn found(model: &str) -> Result<Sources> {
             .with_context(|| format!("model `{model}`{}", neighbour(model)))?,
         adapters: Vec::new(),
         tokenizer: None,
+        task: None,
+        head: HeadOptions::default(),
     })
 }
 
@@ -364,6 +432,32 @@ pub(crate) fn task_of(config: &serde_json::Value) -> Option<Task> {
     ];
     let found = known.iter().find(|(end, _)| class.ends_with(end));
     found.map(|(_, task)| *task)
+}
+
+/// What `run.json` says of the method of full fine-tuning.
+pub(crate) const FULL: &str = "FULL";
+
+/// The keys of `run.json` that say what a run was for.
+pub(crate) const TASK: &str = "task";
+pub(crate) const CLASSES: &str = "classes";
+pub(crate) const PROBLEM: &str = "problem_type";
+
+/// Task and head of a run, from what `run.json` says besides.
+fn of_more(more: &serde_json::Map<String, serde_json::Value>) -> (Option<Task>, HeadOptions) {
+    let text = |key: &str| more.get(key).and_then(|it| it.as_str());
+    let classes = more.get(CLASSES).and_then(|it| it.as_array());
+    let classes: Option<Vec<String>> = classes.map(|all| {
+        let names = all.iter().filter_map(|it| it.as_str());
+        names.map(str::to_owned).collect()
+    });
+    let head = HeadOptions {
+        num_labels: classes.as_ref().and_then(|it| i64::try_from(it.len()).ok()),
+        id2label: classes,
+        problem_type: text(PROBLEM).and_then(Problem::named),
+        pad_token_id: more.get("pad_token_id").and_then(|it| it.as_i64()),
+        ..HeadOptions::default()
+    };
+    (text(TASK).and_then(|it| it.parse().ok()), head)
 }
 
 /// The base that an adapter names.

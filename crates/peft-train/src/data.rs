@@ -1,18 +1,68 @@
-//! The rows that a run learns from, or is judged by.
+//! The rows that a run learns from, or is judged by: of a text to go on with, or of any other task.
 
 use std::cmp::Reverse;
 
-use peft_data::{Batch, Dataset, Plan, Row, Side, collate};
+use peft_data::{Dataset, Pass, Plan, Row, Side, Targets, TaskBatch, TaskDataset, collate};
 
 use crate::error::{Error, Result};
 use crate::settings::Settings;
 
+/// A batch of any task.
+#[derive(Debug, Clone)]
+pub enum Batch {
+    /// Texts to go on with.
+    Text(peft_data::Batch),
+    /// Anything else.
+    Task(TaskBatch),
+}
+
+impl Batch {
+    /// What the sum of its losses is divided by for their mean: tokens, rows or numbers that have a label.
+    pub fn labels(&self) -> usize {
+        let marked = |all: &[i64]| all.iter().filter(|it| **it != peft_data::IGNORED).count();
+        match self {
+            Batch::Text(batch) => batch.trained_tokens(),
+            Batch::Task(batch) => match &batch.targets {
+                Targets::Classes(all) => all.len(),
+                Targets::Flags { values, .. } | Targets::Numbers { values, .. } => values.len(),
+                Targets::Tokens(all) | Targets::Hidden(all) => marked(all),
+                Targets::Spans { starts, .. } => starts.len(),
+                Targets::Decoder { labels, .. } => marked(labels),
+                Targets::None => 0,
+            },
+        }
+    }
+
+    /// Its tokens, without padding.
+    pub fn tokens(&self) -> u64 {
+        let mask = match self {
+            Batch::Text(batch) => &batch.attention_mask,
+            Batch::Task(batch) => &batch.attention_mask,
+        };
+        mask.iter().sum::<i64>() as u64
+    }
+
+    /// Which rows of the data set these are.
+    pub fn indices(&self) -> &[usize] {
+        match self {
+            Batch::Text(batch) => &batch.indices,
+            Batch::Task(batch) => &batch.indices,
+        }
+    }
+}
+
+/// Where rows come from.
+#[derive(Debug, Clone, Copy)]
+enum Source<'d> {
+    Text { data: &'d Dataset, pad_id: u32 },
+    Task(&'d TaskDataset),
+}
+
 /// Some rows of a data set.
 #[derive(Debug, Clone)]
 pub struct Rows<'d> {
-    data: &'d Dataset,
+    data: Source<'d>,
     rows: Vec<usize>,
-    pad_id: u32,
     multiple_of: usize,
 }
 
@@ -27,9 +77,20 @@ impl<'d> Rows<'d> {
             return Err(Error::Nothing(reason));
         }
         Ok(Rows {
-            data,
+            data: Source::Text { data, pad_id },
             rows,
-            pad_id,
+            multiple_of: 1,
+        })
+    }
+
+    /// Rows of another task.
+    pub fn of_task(data: &'d TaskDataset, rows: Vec<usize>) -> Result<Rows<'d>> {
+        if rows.is_empty() {
+            return Err(Error::Nothing("there are no rows".to_owned()));
+        }
+        Ok(Rows {
+            data: Source::Task(data),
+            rows,
             multiple_of: 1,
         })
     }
@@ -55,9 +116,19 @@ impl<'d> Rows<'d> {
         &self.rows
     }
 
-    /// The first of them.
+    /// The first of them, where they are texts to go on with.
     pub fn first(&self) -> Option<Row<'_>> {
-        self.data.get(*self.rows.first()?)
+        match self.data {
+            Source::Text { data, .. } => data.get(*self.rows.first()?),
+            Source::Task(_) => None,
+        }
+    }
+
+    fn lengths(&self) -> Vec<usize> {
+        match self.data {
+            Source::Text { data, .. } => data.lengths(),
+            Source::Task(data) => data.lengths(),
+        }
     }
 
     /// The order of training.
@@ -65,38 +136,45 @@ impl<'d> Rows<'d> {
         let size = settings.per_device_train_batch_size;
         let plan = Plan::new(self.rows.clone(), size, settings.seed)?.shuffled();
         Ok(match settings.group_by_length {
-            true => plan.grouped_by_length(&self.data.lengths())?,
+            true => plan.grouped_by_length(&self.lengths())?,
             false => plan,
         })
     }
 
     /// The batches of an evaluation: longest rows first, so that what fits at first fits to the end.
     pub(crate) fn by_length(&self, size: usize) -> Vec<Vec<usize>> {
-        let length = |at: &usize| self.data.get(*at).map_or(0, |row| row.ids.len());
+        let lengths = self.lengths();
         let mut rows = self.rows.clone();
-        rows.sort_by_key(|at| Reverse(length(at)));
+        rows.sort_by_key(|at| Reverse(lengths.get(*at).copied()));
         rows.chunks(size.max(1)).map(<[usize]>::to_vec).collect()
     }
 
     /// These rows as a rectangle as wide as the longest of them, rounded up.
-    pub fn batch(&self, indices: &[usize]) -> Batch {
-        let rows: Vec<_> = indices.iter().filter_map(|at| self.data.get(*at)).collect();
-        let mut batch = collate(&rows, self.pad_id, Side::Right, self.multiple_of);
-        batch.indices = indices.to_vec();
-        batch
+    pub fn batch(&self, indices: &[usize], pass: Pass) -> Result<Batch> {
+        match self.data {
+            Source::Text { data, pad_id } => {
+                let rows: Vec<_> = indices.iter().filter_map(|at| data.get(*at)).collect();
+                let mut batch = collate(&rows, pad_id, Side::Right, self.multiple_of);
+                batch.indices = indices.to_vec();
+                Ok(Batch::Text(batch))
+            }
+            Source::Task(data) => Ok(Batch::Task(data.batch(indices, pass, self.multiple_of)?)),
+        }
     }
 
     /// Where a row of the data set comes from, for messages: `train.jsonl, row 812`.
     pub fn origin(&self, at: usize) -> String {
-        let files = self.data.files();
-        let Some(file) = self
-            .data
-            .file_of(at)
-            .and_then(|file| Some((file, files.get(file)?)))
-        else {
-            return format!("row {}", at + 1);
+        let (files, row) = match self.data {
+            Source::Text { data, .. } => (data.files(), Some(at)),
+            Source::Task(data) => (data.report().files.as_slice(), data.example_of(at)),
         };
-        let before: usize = files[..file.0].iter().map(|it| it.rows).sum();
-        format!("{}, row {}", file.1.path.display(), at - before + 1)
+        let mut before = 0;
+        for file in files {
+            if let Some(row) = row.filter(|row| *row < before + file.rows) {
+                return format!("{}, row {}", file.path.display(), row - before + 1);
+            }
+            before += file.rows;
+        }
+        format!("row {}", at + 1)
     }
 }

@@ -44,10 +44,12 @@ mod train;
 
 pub use checkpoint::{Checkpoint, Interval, Progress};
 pub use curve::draw;
-pub use data::Rows;
+pub use data::{Batch, Rows};
 pub use error::{Error, Result};
 pub use log::{EvalRecord, Record, StepRecord, read_log};
-pub use objective::{CausalLm, Objective, next_token_loss, tensors};
+pub use objective::{
+    CausalLm, Objective, Part, Tuned, loss, next_token_loss, task_tensors, tensors,
+};
 pub use optimizer::{Optimizer, decays};
 pub use run::{Run, RunInfo, Status};
 pub use schedule::{Plateau, Schedule, ScheduleType};

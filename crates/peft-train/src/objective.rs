@@ -1,17 +1,21 @@
 //! What is trained: something that gives a loss for a batch.
 //!
-//! The loop knows nothing of language models. It asks for the sum of the
-//! losses of a batch and over how many tokens it goes, and it is told which
-//! tensors there are. [`CausalLm`] is the objective of `peft train`: an adapter
-//! on a decoder, predicting the next token.
+//! The loop knows nothing of models. It asks for the sum of the
+//! losses of a batch and over how many labels it goes, and it is told which
+//! tensors there are. [`CausalLm`] is an adapter on a decoder that predicts the next token; [`Tuned`] is what `peft train`
+//! trains: a model of any task, with an adapter or with its own parameters.
 
-use std::path::Path;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use peft_core::{Adapter, Ctx, ModelExt, Param, Schedule, Tuner};
-use peft_data::Batch;
-use peft_models::{Decoder, Input, causal_loss};
+use peft_data::{Targets, TaskBatch};
+use peft_models::{Decoder, Input, Labels, Network, causal_loss, save};
 use tch::{Device, Tensor};
 
+use crate::data::Batch;
 use crate::error::{Error, Result};
 
 /// Something that can be trained on batches.
@@ -43,7 +47,12 @@ pub struct CausalLm<'a> {
 
 impl Objective for CausalLm<'_> {
     fn loss(&mut self, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)> {
-        next_token_loss(&*self.model, batch, ctx)
+        match batch {
+            Batch::Text(batch) => next_token_loss(&*self.model, batch, ctx),
+            Batch::Task(_) => Err(Error::Nothing(
+                "rows of another task, but this objective goes on with texts".to_owned(),
+            )),
+        }
     }
 
     fn params(&mut self) -> Vec<Param> {
@@ -63,8 +72,151 @@ impl Objective for CausalLm<'_> {
     }
 }
 
+/// What of a model is trained.
+#[allow(missing_debug_implementations)]
+pub enum Part<'a> {
+    /// An adapter.
+    Adapter {
+        /// Its name on the model.
+        name: &'a str,
+        /// The method that made it.
+        tuner: &'a dyn Tuner,
+    },
+    /// Parameters of the base itself, as [`ModelExt::thaw`] gave them.
+    Base {
+        /// The parameters.
+        params: Vec<Param>,
+        /// Files that are saved with the model: the tokenizer, generation settings.
+        besides: Vec<PathBuf>,
+    },
+}
+
+/// A model of any task, of which a part is trained.
+#[allow(missing_debug_implementations)] // a model has none
+pub struct Tuned<'a> {
+    /// The model, dressed or thawed.
+    pub model: &'a mut dyn Network,
+    /// What is trained.
+    pub part: Part<'a>,
+}
+
+impl Objective for Tuned<'_> {
+    fn loss(&mut self, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)> {
+        loss(&*self.model, batch, ctx)
+    }
+
+    fn params(&mut self) -> Vec<Param> {
+        match &self.part {
+            Part::Adapter { name, .. } => self.model.params(name),
+            Part::Base { params, .. } => params.clone(),
+        }
+    }
+
+    fn schedule(&self) -> Option<Box<dyn Schedule>> {
+        match &self.part {
+            Part::Adapter { tuner, .. } => tuner.schedule(),
+            Part::Base { .. } => None,
+        }
+    }
+
+    fn save(&mut self, dir: &Path) -> Result<()> {
+        match &self.part {
+            Part::Adapter { name, tuner } => Ok(Adapter::of(name, *tuner, self.model)?.save(dir)?),
+            Part::Base { besides, .. } => {
+                replace(dir, &mut |to| Ok(save(self.model, to, besides)?))
+            }
+        }
+    }
+
+    fn device(&self) -> Device {
+        self.model.device()
+    }
+}
+
+/// Writes a folder beside its place and puts it there when it is whole; an older one goes only then.
+fn replace(dir: &Path, write: &mut dyn FnMut(&Path) -> Result<()>) -> Result<()> {
+    let beside = |what: &str| {
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        dir.with_file_name(format!(".{name}.{what}"))
+    };
+    let (new, old) = (beside("new"), beside("old"));
+    for left in [&new, &old] {
+        if left.exists() {
+            fs::remove_dir_all(left).map_err(Error::io(left))?;
+        }
+    }
+    write(&new)?;
+    if dir.exists() {
+        fs::rename(dir, &old).map_err(Error::io(dir))?;
+    }
+    fs::rename(&new, dir).map_err(Error::io(dir))?;
+    if old.exists() {
+        fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+    }
+    Ok(())
+}
+
+/// The sum of a batch's losses under a model of its task, and the number of its labels.
+pub fn loss(model: &dyn Network, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)> {
+    match (batch, model.decoder()) {
+        (Batch::Text(batch), Some(decoder)) => next_token_loss(decoder, batch, ctx),
+        (Batch::Text(_), None) => Err(Error::Nothing(format!(
+            "texts to go on with, but the model is one for {}",
+            model.task()
+        ))),
+        (Batch::Task(batch), _) => {
+            let (input, labels) = task_tensors(batch, model.device())?;
+            Ok(model.loss(&input, &labels, ctx)?)
+        }
+    }
+}
+
+/// A batch of a task on a device, as a model takes it.
+///
+/// A batch without padding has no mask: attention is faster without one.
+pub fn task_tensors(batch: &TaskBatch, device: Device) -> Result<(Input, Labels)> {
+    let (rows, cols) = (batch.rows as i64, batch.cols as i64);
+    let load = |values: &[i64], shape: &[i64]| -> Result<Tensor> {
+        Ok(Tensor::from_slice(values)
+            .f_view(shape)?
+            .f_to_device(device)?)
+    };
+    let numbers = |values: &[f32], outputs: usize| -> Result<Tensor> {
+        Ok(Tensor::from_slice(values)
+            .f_view([rows, outputs as i64])?
+            .f_to_device(device)?)
+    };
+    let padded = batch.attention_mask.contains(&0);
+    let mask = padded.then(|| load(&batch.attention_mask, &[rows, cols]));
+    let types = (!batch.token_type_ids.is_empty()
+        && batch.token_type_ids.iter().any(|it| *it != 0))
+    .then(|| load(&batch.token_type_ids, &[rows, cols]));
+    let input = Input {
+        attention_mask: mask.transpose()?,
+        token_type_ids: types.transpose()?,
+        ..Input::new(load(&batch.input_ids, &[rows, cols])?)
+    };
+    let labels = match &batch.targets {
+        Targets::Classes(all) => Labels::Classes(load(all, &[rows])?),
+        Targets::Flags { outputs, values } => Labels::MultiLabel(numbers(values, *outputs)?),
+        Targets::Numbers { outputs, values } => Labels::Values(numbers(values, *outputs)?),
+        Targets::Tokens(all) | Targets::Hidden(all) => Labels::Tokens(load(all, &[rows, cols])?),
+        Targets::Spans { starts, ends } => Labels::Spans {
+            start: load(starts, &[rows])?,
+            end: load(ends, &[rows])?,
+        },
+        Targets::Decoder { cols, labels } => Labels::Tokens(load(labels, &[rows, *cols as i64])?),
+        Targets::None => return Err(Error::Nothing("rows without labels".to_owned())),
+    };
+    Ok((input, labels))
+}
+
 /// Sum of the losses of predicting each labelled token, and their number; every id is checked first.
-pub fn next_token_loss(model: &dyn Decoder, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)> {
+pub fn next_token_loss(
+    model: &dyn Decoder,
+    batch: &peft_data::Batch,
+    ctx: Ctx,
+) -> Result<(Tensor, i64)> {
     known(batch, model.vocab())?;
     let (input, labels) = tensors(batch, model.device())?;
     Ok(causal_loss(model, &input, &labels, ctx))
@@ -73,7 +225,7 @@ pub fn next_token_loss(model: &dyn Decoder, batch: &Batch, ctx: Ctx) -> Result<(
 /// A batch on a device: ids and labels `[rows, cols]`.
 ///
 /// Padding behind a row needs no mask, as no token looks ahead; attention is faster without one.
-pub fn tensors(batch: &Batch, device: Device) -> Result<(Input, Tensor)> {
+pub fn tensors(batch: &peft_data::Batch, device: Device) -> Result<(Input, Tensor)> {
     let shape = [batch.rows as i64, batch.cols as i64];
     let load = |values: &[i64]| -> Result<Tensor> {
         Ok(Tensor::from_slice(values)
@@ -91,7 +243,7 @@ pub fn tensors(batch: &Batch, device: Device) -> Result<(Input, Tensor)> {
 }
 
 /// Checks that a model of `vocab` tokens knows every token of the batch.
-fn known(batch: &Batch, vocab: i64) -> Result<()> {
+fn known(batch: &peft_data::Batch, vocab: i64) -> Result<()> {
     match batch
         .input_ids
         .iter()

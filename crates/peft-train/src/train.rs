@@ -24,14 +24,14 @@
 use std::time::{Duration, Instant};
 
 use peft_core::Ctx;
-use peft_data::Batch;
+use peft_data::Pass;
 use peft_torch::memory;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::checkpoint::{self, Checkpoint, Interval, Progress};
 use crate::curve;
-use crate::data::Rows;
+use crate::data::{Batch, Rows};
 use crate::error::{Error, Result};
 use crate::log::{EvalRecord, Log, Record, StepRecord, read_log};
 use crate::objective::Objective;
@@ -217,7 +217,10 @@ pub fn train(
             epoch_order = (epoch, plan.epoch(epoch));
         }
         let rows = epoch_order.1[at * window..].iter().take(window);
-        let batches: Vec<Batch> = rows.map(|rows| train.batch(rows)).collect();
+        let pass = Pass::Train { epoch };
+        let batches = rows
+            .map(|rows| train.batch(rows, pass))
+            .collect::<Result<Vec<Batch>>>()?;
 
         let learning_rate = schedule.learning_rate(now.step);
         let number = now.step + 1;
@@ -342,7 +345,7 @@ fn take(
     learning_rate: f64,
     number: usize,
 ) -> Result<Step, Fault> {
-    let labels: usize = batches.iter().map(Batch::trained_tokens).sum();
+    let labels: usize = batches.iter().map(Batch::labels).sum::<usize>().max(1);
     optimizer.zero_grad();
     let mut measured = Vec::with_capacity(batches.len() + 1);
     for batch in batches {
@@ -370,7 +373,7 @@ fn take(
     let (grad_norm, losses) = (measured[batches.len()], &measured[..batches.len()]);
     for (&value, batch) in losses.iter().zip(batches) {
         if !value.is_finite() {
-            let rows = batch.indices.clone();
+            let rows = batch.indices().to_vec();
             return Err(Fault::NotFinite {
                 what: "the loss",
                 value,
@@ -381,7 +384,7 @@ fn take(
     if !grad_norm.is_finite() {
         let rows = batches
             .iter()
-            .flat_map(|batch| batch.indices.clone())
+            .flat_map(|batch| batch.indices().to_vec())
             .collect();
         let what = "the norm of the gradient";
         return Err(Fault::NotFinite {
@@ -395,11 +398,10 @@ fn take(
     if let Some(method) = method {
         method.after_step(&objective.params(), number)?;
     }
-    let seen = |batch: &Batch| batch.attention_mask.iter().sum::<i64>() as u64;
     Ok(Step {
         loss: losses.iter().sum(),
         labels,
-        tokens: batches.iter().map(seen).sum(),
+        tokens: batches.iter().map(Batch::tokens).sum(),
         grad_norm,
     })
 }
@@ -438,7 +440,7 @@ pub fn evaluate(
     let mut all = Evaluation::default();
     for (done, indices) in batches.iter().enumerate() {
         progress(done, batches.len());
-        let (sum, labels) = loss(&rows.batch(indices))?;
+        let (sum, labels) = loss(&rows.batch(indices, Pass::Eval)?)?;
         all.sum += sum.f_double_value(&[])?;
         all.labels += labels as u64;
     }

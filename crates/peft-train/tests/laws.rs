@@ -4,9 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use peft_core::{Ctx, Param, Schedule, State, tensors};
-use peft_data::{Batch, Dataset, Tokenizer, prepare};
+use peft_data::{Dataset, Tokenizer, prepare};
 use peft_train::{
-    Checkpoint, Data, Ending, Error, Event, Objective, Observer, Record, Result, Rows, Run,
+    Batch, Checkpoint, Data, Ending, Error, Event, Objective, Observer, Record, Result, Rows, Run,
     Settings, Summary, evaluate, read_log, train,
 };
 use tch::{Device, Kind, Tensor};
@@ -80,6 +80,9 @@ impl Bigram {
 
 impl Objective for Bigram {
     fn loss(&mut self, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)> {
+        let Batch::Text(batch) = batch else {
+            panic!("texts only");
+        };
         let shape = [batch.rows as i64, batch.cols as i64];
         let (input, labels) = peft_train::tensors(batch, Device::Cpu)?;
         let count = batch.trained_tokens() as i64;

@@ -8,14 +8,16 @@ use console::style;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{
     Ctx, Decoder, ModelExt,
-    data::{Batch, Options},
-    train::{Evaluation, Rows, evaluate, next_token_loss},
+    data::{Options, TaskOptions, prepare_task},
+    models::Task,
+    train::{Batch, Evaluation, Rows, evaluate, loss},
 };
 
 use super::train::{cache_dir, format, load, positions};
 use crate::{
     args::{Compute, kind_name},
-    sources::SourceArgs,
+    metrics::judge,
+    sources::{SourceArgs, Sources},
     terminal::grouped,
 };
 
@@ -57,6 +59,10 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let sources = args.source.find()?;
     let tokenizer = sources.tokenizer()?;
     let place = args.compute.place()?;
+    let task = sources.task(None)?;
+    if task != Task::CausalLm {
+        return of_task(&args, &sources, task);
+    }
     let usual =
         || Ok::<_, anyhow::Error>(positions(&sources.base)?.map_or(1024, |most| most.min(1024)));
     let options = Options {
@@ -131,6 +137,49 @@ pub(crate) fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
+/// Loss and figures of a model of another task.
+fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
+    let tokenizer = sources.tokenizer()?;
+    let model = sources.load_task(task, args.compute.place()?)?;
+    let mut options = TaskOptions::of(task.name().parse()?);
+    if let Some(length) = args.max_length {
+        options.max_length = length;
+    } else if let Some(most) = positions(&sources.base)? {
+        options.max_length = options.max_length.min(most);
+    }
+    options.classes = model.classes().map(|it| it.names.clone());
+    for file in &args.data {
+        let data = prepare_task(std::slice::from_ref(file), &tokenizer, &options, &|_| {})?;
+        let rows: Vec<usize> = (0..data.len()).collect();
+        let judged = judge(&*model, &data, &rows, usize::from(args.batch_size))?;
+        if args.json {
+            let mut line = serde_json::json!({
+                "file": file,
+                "labels": judged.loss.labels,
+                "loss": judged.loss.loss(),
+            });
+            for (name, value) in judged.figures {
+                line[name] = value;
+            }
+            println!("{line}");
+            continue;
+        }
+        println!(
+            "{}: loss {:.4} · {}",
+            style(file.display()).bold(),
+            judged.loss.loss(),
+            judged.line()
+        );
+        if let Some(confusion) = &judged.confusion {
+            println!("\n{}", confusion.table());
+        }
+        if let Some(report) = &judged.report {
+            println!("\n{report}");
+        }
+    }
+    Ok(())
+}
+
 /// A file, its loss with the adapters, and without them where there are any.
 type Line = (String, Evaluation, Option<Evaluation>);
 
@@ -141,8 +190,8 @@ fn measure(model: &dyn Decoder, rows: &Rows<'_>, size: usize) -> Result<Evaluati
     {
         bar.set_style(look.progress_chars("━━─"));
     }
-    let mut loss = |batch: &Batch| next_token_loss(model, batch, Ctx::EVAL);
-    let result = evaluate(&mut loss, rows, size, &mut |done, of| {
+    let mut sum = |batch: &Batch| loss(model, batch, Ctx::EVAL);
+    let result = evaluate(&mut sum, rows, size, &mut |done, of| {
         bar.set_length(of as u64);
         bar.set_position(done as u64);
     });

@@ -4,18 +4,21 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use peft::{
-    core::{Adapter, ModelExt, Tuner, nearest},
-    models::{Decoder, MODEL_TYPES, OpenOptions, Source, open_source, parameters},
+    core::{Adapter, ModelExt, Tuner},
+    models::{
+        HeadOptions, MODEL_TYPES, Network, OpenOptions, Source, Task, open_task, parameters, tasks,
+    },
     train::Run,
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tch::Kind;
 
 use crate::{
     args::kind_name,
     commands::check::plain_table,
     error::usage,
-    sources::base_of,
+    methods::{METHODS, Method},
+    sources::{base_of, task_of},
     terminal::{bytes, grouped},
 };
 
@@ -49,8 +52,17 @@ pub(crate) fn run(args: Args) -> Result<()> {
         .as_ref()
         .map(|name| configured(name, &args.set))
         .transpose()?;
-    let mut model = open_source(&source, OpenOptions::default())
-        .with_context(|| format!("model `{}`", args.what))?;
+    let config = source.config()?;
+    let kind = config.get("model_type").and_then(Value::as_str);
+    let offered = tasks(kind.unwrap_or_default()).first().copied();
+    let task = task_of(&config).or(offered).unwrap_or(Task::CausalLm);
+    let mut model = open_task(
+        &source,
+        task,
+        OpenOptions::default(),
+        &HeadOptions::default(),
+    )
+    .with_context(|| format!("model `{}`", args.what))?;
     describe(&source, &mut *model);
     match tuner {
         None => usual(&mut *model),
@@ -62,7 +74,7 @@ fn line(name: &str, value: impl std::fmt::Display) {
     println!("{name:<14}{value}");
 }
 
-fn describe(source: &Source, model: &mut dyn Decoder) {
+fn describe(source: &Source, model: &mut dyn Network) {
     let spec = model.spec();
     let count = parameters(model);
     let size = |kind: Kind| bytes(count.unsigned_abs() * kind.elt_size_in_bytes() as u64);
@@ -100,7 +112,11 @@ fn describe(source: &Source, model: &mut dyn Decoder) {
         ""
     };
     line("vocabulary", format!("{}{tied}", grouped(model.vocab())));
-    line("context", grouped(model.max_positions()));
+    let context = match model.max_positions() {
+        i64::MAX => "any: it only knows how far two tokens are apart".to_owned(),
+        most => grouped(most),
+    };
+    line("context", context);
     let layers = i64::try_from(spec.layers).unwrap_or(i64::MAX);
     let cache = 2
         * layers.saturating_mul(spec.kv_heads * spec.head_dim)
@@ -110,10 +126,10 @@ fn describe(source: &Source, model: &mut dyn Decoder) {
 }
 
 /// Settings that people use, and what they would train.
-fn usual(model: &mut dyn Decoder) -> Result<()> {
+fn usual(model: &mut dyn Network) -> Result<()> {
     let mut table = plain_table();
     table.set_header([
-        "LoRA",
+        "method",
         "targets",
         "trainable",
         "of all",
@@ -127,8 +143,19 @@ fn usual(model: &mut dyn Decoder) -> Result<()> {
         for r in [8, 16, 64] {
             let settings = json!({"peft_type": "LORA", "r": r, "target_modules": targets});
             let tuner = peft::builtin().parse(settings)?;
-            let mut row = vec![format!("r {r}"), shown.to_owned()];
+            let mut row = vec![format!("LoRA, r {r}"), shown.to_owned()];
             row.extend(counted(model, &*tuner)?.cells());
+            table.add_row(row);
+        }
+    }
+    for method in METHODS.iter().filter(|it| it.name != "lora") {
+        // A method that cannot go on this model has no row.
+        let Ok(tuner) = configured(method.name, &[]) else {
+            continue;
+        };
+        if let Ok(counted) = counted(model, &*tuner) {
+            let mut row = vec![method.title.to_owned(), "usual for this type".to_owned()];
+            row.extend(counted.cells());
             table.add_row(row);
         }
     }
@@ -138,17 +165,14 @@ fn usual(model: &mut dyn Decoder) -> Result<()> {
 
 /// A method by name, with settings.
 fn configured(method: &str, sets: &[String]) -> Result<Box<dyn Tuner>> {
-    let registry = peft::builtin();
-    let known = registry.known();
-    let tag = method.to_uppercase();
-    if !known.contains(&tag.as_str()) {
-        let names: Vec<String> = known.iter().map(|it| it.to_lowercase()).collect();
-        let hint = nearest(method, names.iter().map(String::as_str));
-        return Err(usage(format!(
-            "unknown method `{method}`, known are {names:?}{hint}"
-        )));
-    }
-    let mut settings = Map::from_iter([("peft_type".to_owned(), Value::String(tag))]);
+    let method = Method::named(method)?;
+    let Some(tag) = method.peft_type else {
+        return Err(usage(
+            "full fine-tuning trains every parameter of the model; the figure is above",
+        ));
+    };
+    let mut settings = method.ours();
+    settings.insert("peft_type".to_owned(), tag.into());
     for set in sets {
         let (key, value) = set
             .split_once('=')
@@ -156,11 +180,16 @@ fn configured(method: &str, sets: &[String]) -> Result<Box<dyn Tuner>> {
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
         settings.insert(key.to_owned(), value);
     }
-    registry.parse(Value::Object(settings)).map_err(usage)
+    if method.keys()?.contains_key("total_step") {
+        settings.entry("total_step").or_insert_with(|| 1000.into());
+    }
+    peft::builtin()
+        .parse(Value::Object(settings))
+        .map_err(usage)
 }
 
 /// One method with given settings.
-fn one(model: &mut dyn Decoder, tuner: &dyn Tuner) -> Result<()> {
+fn one(model: &mut dyn Network, tuner: &dyn Tuner) -> Result<()> {
     let [trainable, part, file, optimiser] = counted(model, tuner)?.cells();
     line("method", tuner.peft_type());
     line("trainable", format!("{trainable} ({part})"));
@@ -186,7 +215,7 @@ struct Count {
     all: i64,
 }
 
-fn counted(model: &mut dyn Decoder, tuner: &dyn Tuner) -> Result<Count> {
+fn counted(model: &mut dyn Network, tuner: &dyn Tuner) -> Result<Count> {
     let base = parameters(model);
     model.inject("default", tuner)?;
     let trainable = model

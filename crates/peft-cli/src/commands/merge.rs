@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail};
 use console::style;
 use peft::{
     core::{Ctx, ModelExt, Slot},
-    models::{Decoder, Input, parameters, save},
+    models::{Input, Network, Task, parameters, save},
 };
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::{
     args::{DtypeChoice, kind_name},
@@ -48,21 +48,26 @@ pub(crate) fn run(args: Args) -> Result<()> {
         ));
     }
     let wanted = args.dtype.kind();
-    let mut model = sources.load(Device::Cpu, wanted.map(|_| Kind::Float))?;
+    let task = sources.task(None)?;
+    let mut model = sources.load_stored(task, wanted.map(|_| Kind::Float))?;
     let probe = probe(&*model);
-    let logits = |model: &dyn Decoder| {
-        tch::no_grad(|| {
-            model
-                .forward(&Input::new(probe.shallow_clone()), Ctx::EVAL)
-                .to_kind(Kind::Float)
-        })
+    let logits = |model: &dyn Network| -> Result<Tensor> {
+        let input = Input {
+            decoder_ids: Some(probe.shallow_clone()), // read by models that write a text for a text
+            ..Input::new(probe.shallow_clone())
+        };
+        let outputs = tch::no_grad(|| model.outputs(&input, Ctx::EVAL))?;
+        let first = outputs.into_values().next();
+        Ok(first
+            .context("the model gives nothing")?
+            .to_kind(Kind::Float))
     };
-    let before = logits(&*model);
+    let before = logits(&*model)?;
     model.merge_and_unload()?;
     if let Some(kind) = wanted {
         round(&mut *model, kind)?;
     }
-    let after = logits(&*model);
+    let after = logits(&*model)?;
     let change = (&before - after).abs().max().double_value(&[]);
     let largest = before.abs().max().double_value(&[]);
     if !change.is_finite() {
@@ -80,13 +85,15 @@ pub(crate) fn run(args: Args) -> Result<()> {
         kind_name(model.kind()),
     );
     println!("logits moved by {change:.1e} at most, the largest is {largest:.1}");
-    println!("\nNext:\n  peft chat {}", args.out.display());
+    if task == Task::CausalLm {
+        println!("\nNext:\n  peft chat {}", args.out.display());
+    }
     Ok(())
 }
 
 /// Rounds every weight to another number format. What is shared stays shared: the handle keeps its place
 /// and gets other data.
-fn round(model: &mut dyn Decoder, kind: Kind) -> Result<()> {
+fn round(model: &mut dyn Network, kind: Kind) -> Result<()> {
     let mut result = Ok(());
     model.slots(&mut |_, slot| {
         let tensors = match slot {
@@ -117,7 +124,7 @@ fn round(model: &mut dyn Decoder, kind: Kind) -> Result<()> {
 }
 
 /// Ids from all over the vocabulary, `[1, n]`.
-fn probe(model: &dyn Decoder) -> Tensor {
+fn probe(model: &dyn Network) -> Tensor {
     let n = model.max_positions().clamp(1, 32);
     let vocab = model.vocab();
     // A stride that has no factor in common with most vocabularies.

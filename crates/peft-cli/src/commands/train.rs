@@ -21,13 +21,15 @@ use clap::Parser;
 use console::style;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{
-    Ctx, Decoder, ModelExt, Sampling, Tokenizer, Tuner,
-    data::{Dataset, Format, Message, Options, pieces, prepare, split},
-    models::{Source, parameters},
-    torch::memory,
-    train::{
-        CausalLm, Checkpoint, Data, Ending, Rows, Run, RunInfo, Status, Summary, next_token_loss,
+    Ctx, ModelExt, Sampling, Tokenizer, Tuner,
+    core::Param,
+    data::{
+        Columns, Dataset, Format, Message, Options, Pass, TaskDataset, TaskOptions, detect_task,
+        pieces, prepare, prepare_task, split,
     },
+    models::{HeadOptions, Network, Problem, Source, Task, parameters, tasks},
+    torch::memory,
+    train::{Checkpoint, Data, Ending, Part, Rows, Run, RunInfo, Status, Summary, Tuned, loss},
 };
 use serde_json::Value;
 use tch::Device;
@@ -38,7 +40,8 @@ use crate::{
     answer::{answers, conversation},
     args::{Compute, Placement, kind_name},
     error::usage,
-    sources::{BaseArgs, Sources},
+    metrics::judge,
+    sources::{BaseArgs, CLASSES, FULL, PROBLEM, Sources, TASK},
     terminal::{bytes, grouped},
 };
 
@@ -52,7 +55,10 @@ pub(crate) struct Args {
     /// The base: a model folder, a hub id or a .gguf file
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
-    /// Rows to train on: .jsonl, .json or .txt; several files may be given
+    /// What it is to learn: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM, MASKED_LM [default: found out]
+    #[arg(long, value_name = "TASK")]
+    task: Option<String>,
+    /// Rows to train on: .jsonl, .json, .csv, .tsv or .txt; several files may be given
     #[arg(long, value_name = "FILE", num_args = 1..)]
     data: Vec<PathBuf>,
     /// The run folder, which must not exist [default: runs/NAME-OF-MODEL]
@@ -185,31 +191,50 @@ const USUAL_LENGTH: usize = 1024;
 
 /// Trains.
 pub(crate) fn run(args: Args) -> Result<()> {
-    let plan = args.plan()?;
+    let mut plan = args.plan()?;
     plan.settings.check().map_err(usage)?;
     let sources = BaseArgs {
         model: Some(plan.recipe.model.clone()),
         adapter: Vec::new(),
     }
     .find()?;
-    let tuner = plan.tuner(Some("CAUSAL_LM"), 1)?;
-    let tuner = tuner.ok_or_else(|| usage("full fine-tuning is a library call, `thaw`, so far"))?;
     let tokenizer = sources.tokenizer()?;
     let place = placement(&plan)?;
-    let rows = Loaded::read(&plan, &sources, &tokenizer)?;
+    let task = task_of(&plan, &sources)?;
+    if matches!(task, Task::SeqCls | Task::TokenCls | Task::QuestionAns) {
+        plan.for_heads()?;
+    }
+    let head = sources.classes_of(task)?;
+    let rows = Loaded::read(&plan, &sources, &tokenizer, task, head)?;
     let data = rows.data(&plan, &tokenizer)?;
+    let total = plan
+        .settings
+        .total_steps(data.train.plan(&plan.settings)?.batches_per_epoch());
+    let tuner = plan.tuner(task.task_type(), total, &tokenizer)?;
 
-    let mut model = sources.load_at(place)?;
+    let sources = Sources {
+        head: rows.head(&plan, &tokenizer),
+        ..sources
+    };
+    let mut model = sources.load_task(task, place)?;
     let all = parameters(&mut *model);
     tch::manual_seed(plan.settings.seed as i64); // the values that the adapter begins with
-    model.inject(NAME, &*tuner).map_err(of_method)?;
+    let mut thawed = Vec::new();
+    match &tuner {
+        Some(tuner) => model.inject(NAME, &**tuner).map_err(of_method)?,
+        None => {
+            thawed = model
+                .thaw(plan.train_modules()?.as_ref())
+                .map_err(of_method)?
+        }
+    }
 
     let run = match &args.resume {
         Some(dir) => Run::open(dir)?,
         None => Run::at(&args.folder(&plan)),
     };
-    overview(&plan, &run, &rows, &data, place, &mut *model, all)?;
-    first_row(&tokenizer, &data)?;
+    overview(&plan, &run, &rows, &data, place, &mut *model, all, &thawed)?;
+    rows.first_row(&tokenizer, &data)?;
     forecast(&plan, &data, &*model)?;
     if args.dry_run {
         println!(
@@ -228,16 +253,33 @@ pub(crate) fn run(args: Args) -> Result<()> {
             None
         }
     };
-    begin(&run, &plan, &sources, &tokenizer, &*tuner, place)?;
+    begin(
+        &run,
+        &plan,
+        &sources,
+        &tokenizer,
+        tuner.as_deref(),
+        place,
+        task,
+    )?;
     let before = ask("before", &plan, &*model, &tokenizer)?;
 
     println!();
     let stop = stop_on_ctrl_c()?;
     let mut screen = Screen::new(stop);
-    let mut objective = CausalLm {
+    let part = match &tuner {
+        Some(tuner) => Part::Adapter {
+            name: NAME,
+            tuner: &**tuner,
+        },
+        None => Part::Base {
+            params: thawed,
+            besides: beside(&run),
+        },
+    };
+    let mut objective = Tuned {
         model: &mut *model,
-        name: NAME,
-        tuner: &*tuner,
+        part,
     };
     let result = peft::train::train(
         &mut objective,
@@ -273,8 +315,89 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if !before.is_empty() {
         ask("after", &plan, &*model, &tokenizer)?;
     }
-    outcome(&run, &plan, &summary);
+    outcome(&run, &summary, tuner.is_some());
+    rows.judged(&run, &*model, &data, &plan)?;
+    next(&run, &plan, task);
     Ok(())
+}
+
+/// What the model is to learn: as asked, or what both the data and the model are for.
+fn task_of(plan: &Plan, sources: &Sources) -> Result<Task> {
+    let config = sources.base.config()?;
+    let kind = config.get("model_type").and_then(|it| it.as_str());
+    let kind = kind.unwrap_or_default();
+    let offered = tasks(kind);
+    let names = |all: &[Task]| {
+        all.iter()
+            .map(|it| it.name())
+            .collect::<Vec<_>>()
+            .join(", ")
+    };
+    if let Some(asked) = &plan.recipe.task {
+        let task: Task = asked.parse().map_err(usage)?;
+        if task == Task::FeatureExtraction {
+            return Err(usage(
+                "FEATURE_EXTRACTION has no loss, so there is nothing to train",
+            ));
+        }
+        if !offered.is_empty() && !offered.contains(&task) {
+            return Err(usage(format!(
+                "`--task {task}`: a model of type `{kind}` is for {}",
+                names(offered)
+            )));
+        }
+        return Ok(task);
+    }
+    if plan.recipe.format.is_some() {
+        return Ok(Task::CausalLm); // the formats that can be named are those of texts to go on with
+    }
+    let found = match detect_task(&plan.recipe.data, &Columns::default()) {
+        Ok(found) => found,
+        // What is wrong with a file of texts is said where such files are read.
+        Err(_) if offered.contains(&Task::CausalLm) => return Ok(Task::CausalLm),
+        Err(error) => return Err(error.into()),
+    };
+    let fits: Vec<Task> = found.fits.iter().filter_map(|it| model_task(*it)).collect();
+    let meant = found.task.and_then(model_task);
+    if let Some(task) = meant.filter(|it| offered.contains(it)) {
+        return Ok(task);
+    }
+    let both: Vec<Task> = fits
+        .iter()
+        .copied()
+        .filter(|it| offered.contains(it))
+        .collect();
+    match (both.as_slice(), meant) {
+        ([one], _) => Ok(*one),
+        ([], _) => Err(usage(format!(
+            "the data is for {} ({}), a model of type `{kind}` is for {}",
+            names(&fits),
+            found.why,
+            names(offered)
+        ))),
+        (several, _) => Err(usage(format!(
+            "the data does not say what it is for; choose with `--task`: {}",
+            names(several)
+        ))),
+    }
+}
+
+/// A task of the data crate as one of a model.
+fn model_task(task: peft::data::Task) -> Option<Task> {
+    task.name().parse().ok()
+}
+
+/// Files of the run folder that go into a whole model that is saved: the tokenizer and generation settings.
+fn beside(run: &Run) -> Vec<PathBuf> {
+    let names = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    ];
+    let paths = names.iter().map(|name| run.dir().join(name));
+    paths.filter(|path| path.is_file()).collect()
 }
 
 impl Args {
@@ -325,6 +448,7 @@ impl Args {
             (!texts.is_empty()).then_some(Value::Array(texts))
         };
         add("model", self.model.clone().map(Value::from));
+        add("task", self.task.clone().map(Value::from));
         add("data", texts(&self.data));
         add("method", self.method.clone().map(Value::from));
         add("defaults", self.defaults.clone().map(Value::from));
@@ -464,65 +588,239 @@ fn of_method(error: peft::Error) -> anyhow::Error {
 
 /// The data sets of a run.
 struct Loaded {
-    data: Dataset,
-    /// Of files of its own.
-    held_out: Option<Dataset>,
+    kind: Kind,
     max_length: usize,
 }
 
+/// Data, and held-out data of files of its own.
+enum Kind {
+    Text(Dataset, Option<Dataset>),
+    Task(TaskDataset, Option<TaskDataset>),
+}
+
 impl Loaded {
-    fn read(plan: &Plan, sources: &Sources, tokenizer: &Tokenizer) -> Result<Loaded> {
+    fn read(
+        plan: &Plan,
+        sources: &Sources,
+        tokenizer: &Tokenizer,
+        task: Task,
+        classes: Option<Vec<String>>,
+    ) -> Result<Loaded> {
         let recipe = &plan.recipe;
-        let max_length = match recipe.max_length {
-            Some(length) => length,
-            None => positions(&sources.base)?.map_or(USUAL_LENGTH, |most| most.min(USUAL_LENGTH)),
+        let usual = |most: usize| {
+            Ok::<_, anyhow::Error>(positions(&sources.base)?.map_or(most, |it| it.min(most)))
         };
-        let options = Options {
-            format: format(recipe.format.as_deref())?,
-            max_length,
-            train_on_prompt: recipe.train_on_prompt,
-            cache_dir: recipe.cache_dir.clone().or_else(cache_dir),
-            ..Options::default()
-        };
-        let held_out = match &recipe.validation {
-            Validation::Files(files) => Some(load(files, tokenizer, &options)?),
+        let own_files = match &recipe.validation {
+            Validation::Files(files) => Some(files),
             _ => None,
         };
+        if task == Task::CausalLm {
+            let max_length = recipe.max_length.map_or_else(|| usual(USUAL_LENGTH), Ok)?;
+            let options = Options {
+                format: format(recipe.format.as_deref())?,
+                max_length,
+                train_on_prompt: recipe.train_on_prompt,
+                cache_dir: recipe.cache_dir.clone().or_else(cache_dir),
+                ..Options::default()
+            };
+            let held_out = own_files.map(|files| load(files, tokenizer, &options));
+            return Ok(Loaded {
+                kind: Kind::Text(
+                    load(&recipe.data, tokenizer, &options)?,
+                    held_out.transpose()?,
+                ),
+                max_length,
+            });
+        }
+        let wanted: peft::data::Task = task.name().parse()?;
+        let mut options = TaskOptions::of(wanted);
+        options.max_length = recipe
+            .max_length
+            .map_or_else(|| usual(options.max_length), Ok)?;
+        options.mask_seed = plan.settings.seed;
+        options.classes = classes;
+        let data = prepare_task(&recipe.data, tokenizer, &options, &|_| {})?;
+        // What is held out has the classes of what is learnt.
+        options.classes = (!data.classes().is_empty()).then(|| data.classes().to_vec());
+        let held_out = own_files.map(|files| prepare_task(files, tokenizer, &options, &|_| {}));
         Ok(Loaded {
-            data: load(&recipe.data, tokenizer, &options)?,
-            held_out,
-            max_length,
+            max_length: options.max_length,
+            kind: Kind::Task(data, held_out.transpose()?),
         })
     }
 
     /// What is trained on and what is held out.
     fn data(&self, plan: &Plan, tokenizer: &Tokenizer) -> Result<Data<'_>> {
-        let pad = tokenizer.pad_id();
-        let all = self.data.len();
-        let (train, held_out) = match (&self.held_out, plan.recipe.validation.holdout()) {
-            (Some(other), _) => {
-                let rows = Rows::new(other, (0..other.len()).collect(), pad);
-                (
-                    (0..all).collect(),
-                    Some(rows.context("the held-out files")?),
-                )
-            }
-            (None, Some(holdout)) => {
-                let (train, held_out) = split(all, holdout, plan.settings.seed)
-                    .map_err(|error| usage(format!("`validation`: {error}")))?;
-                let rows = match held_out.is_empty() {
-                    true => None,
-                    false => {
-                        Some(Rows::new(&self.data, held_out, pad).context("the held-out rows")?)
-                    }
+        let wrong = |error: peft::data::Error| usage(format!("`validation`: {error}"));
+        let (holdout, seed) = (plan.recipe.validation.holdout(), plan.settings.seed);
+        let (train, held_out) = match &self.kind {
+            Kind::Text(data, other) => {
+                let pad = tokenizer.pad_id();
+                let all = (0..data.len()).collect();
+                let (train, held) = match (other, holdout) {
+                    (None, Some(holdout)) => split(data.len(), holdout, seed).map_err(wrong)?,
+                    _ => (all, Vec::new()),
                 };
-                (train, rows)
+                let held = match other {
+                    Some(other) => Some((other, (0..other.len()).collect())),
+                    None => (!held.is_empty()).then_some((data, held)),
+                };
+                let held = held.map(|(data, rows)| Rows::new(data, rows, pad));
+                (Rows::new(data, train, pad), held)
             }
-            (None, None) => ((0..all).collect(), None),
+            Kind::Task(data, other) => {
+                let all = (0..data.len()).collect();
+                let (train, held) = match (other, holdout) {
+                    (None, Some(holdout)) => data.split(holdout, seed).map_err(wrong)?,
+                    _ => (all, Vec::new()),
+                };
+                let held = match other {
+                    Some(other) => Some((other, (0..other.len()).collect())),
+                    None => (!held.is_empty()).then_some((data, held)),
+                };
+                let held = held.map(|(data, rows)| Rows::of_task(data, rows));
+                (Rows::of_task(data, train), held)
+            }
         };
-        let train = Rows::new(&self.data, train, pad).context("the rows to train on")?;
-        Ok(Data { train, held_out })
+        Ok(Data {
+            train: train.context("the rows to train on")?,
+            held_out: held_out.transpose().context("the held-out rows")?,
+        })
     }
+
+    /// What the head of the model should be like.
+    fn head(&self, plan: &Plan, tokenizer: &Tokenizer) -> HeadOptions {
+        let Kind::Task(data, _) = &self.kind else {
+            return HeadOptions::default();
+        };
+        let classes = data.classes();
+        let outputs = data.outputs().and_then(|it| i64::try_from(it).ok());
+        HeadOptions {
+            num_labels: outputs,
+            id2label: (!classes.is_empty()).then(|| classes.to_vec()),
+            problem_type: data.problem().and_then(|it| Problem::named(it.name())),
+            pad_token_id: Some(i64::from(tokenizer.pad_id())),
+            seed: plan.settings.seed,
+        }
+    }
+
+    fn describe(&self, data: &Data<'_>) {
+        let length = self.max_length;
+        match &self.kind {
+            Kind::Text(all, other) => {
+                describe("data", all, length);
+                if let Some(other) = other {
+                    return describe("held out", other, length);
+                }
+            }
+            Kind::Task(all, other) => {
+                describe_task("data", all, length);
+                if let Some(other) = other {
+                    return describe_task("held out", other, length);
+                }
+            }
+        }
+        match &data.held_out {
+            Some(rows) => row(
+                "held out",
+                format!("{} of these rows", grouped(rows.len() as i64)),
+            ),
+            None => row("held out", "nothing: no evaluation, no best adapter"),
+        }
+    }
+
+    /// The first row of the first batch, as the model will see it.
+    fn first_row(&self, tokenizer: &Tokenizer, data: &Data<'_>) -> Result<()> {
+        let Kind::Task(all, _) = &self.kind else {
+            return first_row(tokenizer, data);
+        };
+        println!("\n{}", style("The first row as the model sees it").bold());
+        let Some(&at) = data.train.indices().first() else {
+            return Ok(());
+        };
+        let shown = all.show(tokenizer, at)?;
+        let token = |piece: &peft::data::TaskPiece| match &piece.label {
+            Some(label) => format!("{}⟨{label}⟩", piece.token),
+            None => piece.token.clone(),
+        };
+        let line = |pieces: &[peft::data::TaskPiece]| {
+            let all = pieces.iter().take(FIRST_TOKENS).map(token);
+            all.collect::<Vec<_>>().join(" ")
+        };
+        println!("  {}", line(&shown.pieces));
+        if let Some(label) = &shown.label {
+            println!("  {} {}", style("label").dim(), style(label).green());
+        }
+        if !shown.target.is_empty() {
+            println!(
+                "  {} {}",
+                style("target").dim(),
+                style(line(&shown.target)).green()
+            );
+        }
+        Ok(())
+    }
+
+    /// What the trained model is worth on what was held out, in figures and, for classes, as a picture.
+    fn judged(&self, run: &Run, model: &dyn Network, data: &Data<'_>, plan: &Plan) -> Result<()> {
+        let (Kind::Task(all, other), Some(rows)) = (&self.kind, &data.held_out) else {
+            return Ok(());
+        };
+        let size = plan.settings.per_device_eval_batch_size;
+        let judged = judge(model, other.as_ref().unwrap_or(all), rows.indices(), size)?;
+        row("judged", judged.line());
+        if let Some(confusion) = &judged.confusion {
+            println!("\n{}", confusion.table());
+            let title = format!("{} – what was taken for what", run.dir().display());
+            for kind in ["png", "svg"] {
+                confusion.draw(&run.dir().join(format!("confusion.{kind}")), &title)?;
+            }
+            row("picture", run.dir().join("confusion.png").display());
+        } else if let Some(report) = &judged.report {
+            println!("\n{report}");
+        }
+        Ok(())
+    }
+}
+
+/// Tokens of a first row that are shown.
+const FIRST_TOKENS: usize = 60;
+
+/// Data of a task on a line, and what there is to say about it.
+pub(crate) fn describe_task(name: &str, data: &TaskDataset, max_length: usize) {
+    let report = data.report();
+    for file in &report.files {
+        let rows = grouped(file.rows as i64);
+        row(name, format!("{} · {rows} rows", file.path.display()));
+    }
+    let count = |n: usize| grouped(n as i64);
+    row(
+        "",
+        format!(
+            "{} tokens · longest {}, {} cut at {}",
+            count(report.tokens),
+            count(report.longest),
+            count(report.truncated),
+            count(max_length),
+        ),
+    );
+    if !report.classes.is_empty() {
+        let shown: Vec<String> = report
+            .classes
+            .iter()
+            .take(12)
+            .map(|(name, times)| format!("{name} {times}"))
+            .collect();
+        let more = match report.classes.len() > shown.len() {
+            true => ", …",
+            false => "",
+        };
+        row(
+            "classes",
+            format!("{}: {}{more}", report.classes.len(), shown.join(", ")),
+        );
+    }
+    report.warnings().iter().for_each(|text| warn(text));
 }
 
 /// The most positions that a model was made for.
@@ -576,8 +874,9 @@ fn overview(
     rows: &Loaded,
     data: &Data<'_>,
     place: Placement,
-    model: &mut dyn Decoder,
+    model: &mut dyn Network,
     all: i64,
+    thawed: &[Param],
 ) -> Result<()> {
     println!(
         "{}",
@@ -602,31 +901,33 @@ fn overview(
         "computes",
         format!("in {} on {device} ({})", kind_name(place.kind), place.why),
     );
-    describe("data", &rows.data, rows.max_length);
-    if let Some(held_out) = &rows.held_out {
-        describe("held out", held_out, rows.max_length);
-    } else if let Some(held_out) = &data.held_out {
+    row("task", model.task());
+    if !model.fresh().is_empty() {
         row(
-            "held out",
-            format!("{} of these rows", grouped(held_out.len() as i64)),
+            "new",
+            format!(
+                "{}: drawn at random, learnt with the rest",
+                model.fresh().join(", ")
+            ),
         );
-    } else {
-        row("held out", "nothing: no evaluation, no best adapter");
     }
-    let trained = model.trainable(NAME);
+    rows.describe(data);
+    let mut trained = model.trainable(NAME);
+    trained.extend(thawed.iter().cloned());
     let places: std::collections::BTreeSet<&str> =
         trained.iter().map(|it| it.at.as_str()).collect();
     row(
         "method",
         format!(
-            "{} on {} layers · {}",
+            "{} at {} places · {}",
             plan.method()?.title,
             places.len(),
             method_line(plan)
         ),
     );
     let trainable: i64 = trained.iter().map(|it| it.tensor.numel() as i64).sum();
-    println!("  {}", trainable_line(trainable, all));
+    let adapter = if thawed.is_empty() { trainable } else { 0 };
+    println!("  {}", trainable_line(trainable, all + adapter));
     let settings = &plan.settings;
     let batches = data.train.plan(settings)?.batches_per_epoch();
     let total = settings.total_steps(batches);
@@ -651,10 +952,12 @@ fn overview(
             settings.seed
         ),
     );
-    if settings.learning_rate > 5e-3 {
+    let usual = plan.method()?.learning_rate;
+    if settings.learning_rate > 20.0 * usual {
         warn(&format!(
-            "a learning rate of {} is high: LoRA usually learns with 1e-4 to 5e-4",
-            settings.learning_rate
+            "a learning rate of {:e} is high: {} usually learns with about {usual:e}",
+            settings.learning_rate,
+            plan.method()?.title
         ));
     }
     Ok(())
@@ -713,8 +1016,7 @@ fn method_line(plan: &Plan) -> String {
 }
 
 /// As Python's `print_trainable_parameters` says it; all are the base's and the adapter's.
-fn trainable_line(trainable: i64, base: i64) -> String {
-    let all = base + trainable;
+fn trainable_line(trainable: i64, all: i64) -> String {
     let part = 100.0 * trainable as f64 / all.max(1) as f64;
     format!(
         "trainable params: {} || all params: {} || trainable%: {part:.4}",
@@ -750,18 +1052,18 @@ fn first_row(tokenizer: &Tokenizer, data: &Data<'_>) -> Result<()> {
 const FIRST_LINES: usize = 24;
 
 /// Times a forward pass, and says how long the run may take.
-fn forecast(plan: &Plan, data: &Data<'_>, model: &dyn Decoder) -> Result<()> {
+fn forecast(plan: &Plan, data: &Data<'_>, model: &dyn Network) -> Result<()> {
     let settings = &plan.settings;
     let order = data.train.plan(settings)?;
     let Some(rows) = order.epoch(0).into_iter().next() else {
         return Ok(());
     };
-    let batch = data.train.batch(&rows);
+    let batch = data.train.batch(&rows, Pass::Eval)?;
     let _off = tch::no_grad_guard();
     let mut time = Duration::ZERO;
     for _ in 0..2 {
         let begun = Instant::now(); // the first pass reads the weights from the disk
-        let _ = f64::try_from(next_token_loss(model, &batch, Ctx::EVAL)?.0)?;
+        let _ = f64::try_from(loss(model, &batch, Ctx::EVAL)?.0)?;
         time = begun.elapsed();
     }
     // A backward pass through a frozen base costs about as much as the forward pass, and a little more.
@@ -787,8 +1089,9 @@ fn begin(
     plan: &Plan,
     sources: &Sources,
     tokenizer: &Tokenizer,
-    tuner: &dyn Tuner,
+    tuner: Option<&dyn Tuner>,
     place: Placement,
+    task: Task,
 ) -> Result<()> {
     peft::core::files::write_text(&run.config(), &plan.to_yaml()?)?;
     tokenizer.save(run.dir())?;
@@ -804,11 +1107,27 @@ fn begin(
         status: Status::Running,
         base_model: plan.recipe.model.clone(),
         dtype: kind_name(place.kind).to_owned(),
-        method: tuner.peft_type().to_owned(),
+        method: tuner.map_or(FULL, Tuner::peft_type).to_owned(),
         versions,
         summary: None,
-        more: serde_json::Map::new(),
+        more: more(task, &sources.head),
     })?)
+}
+
+/// What later commands need to know of the task.
+fn more(task: Task, head: &HeadOptions) -> serde_json::Map<String, Value> {
+    let mut map = serde_json::Map::new();
+    map.insert(TASK.into(), task.name().into());
+    if let Some(classes) = &head.id2label {
+        map.insert(CLASSES.into(), classes.clone().into());
+    }
+    if let Some(problem) = head.problem_type {
+        map.insert(PROBLEM.into(), problem.name().into());
+    }
+    if let Some(pad) = head.pad_token_id {
+        map.insert("pad_token_id".into(), pad.into());
+    }
+    map
 }
 
 /// Notes how a run ended.
@@ -840,11 +1159,17 @@ fn resumable(run: &Run) -> Result<Checkpoint> {
 }
 
 /// Answers the questions of the plan, greedily.
-fn ask(when: &str, plan: &Plan, model: &dyn Decoder, tokenizer: &Tokenizer) -> Result<Vec<String>> {
+fn ask(when: &str, plan: &Plan, model: &dyn Network, tokenizer: &Tokenizer) -> Result<Vec<String>> {
     let questions = &plan.recipe.prompts;
     if questions.is_empty() {
         return Ok(Vec::new());
     }
+    let Some(model) = model.decoder() else {
+        return Err(usage(format!(
+            "`--prompt` asks a model that goes on with texts, this one is for {}",
+            model.task()
+        )));
+    };
     let ids = |question: &String| match tokenizer.chat_template() {
         Some(_) => conversation(tokenizer, &[Message::user(question.as_str())]),
         None => Ok(tokenizer.encode(question, true)?),
@@ -883,8 +1208,7 @@ fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
 }
 
 /// What came out, where it lies, and what to type next.
-fn outcome(run: &Run, plan: &Plan, summary: &Summary) {
-    let dir = run.dir().display();
+fn outcome(run: &Run, summary: &Summary, adapter: bool) {
     let time = duration(Duration::from_secs_f64(summary.seconds));
     println!("\n{}", style("Done").green().bold());
     let early = if summary.ending == Ending::EarlyStopped {
@@ -926,17 +1250,22 @@ fn outcome(run: &Run, plan: &Plan, summary: &Summary) {
     if let Some(peak) = summary.peak_memory {
         row("memory", format!("at most {}", bytes(peak)));
     }
-    row("adapter", run.adapter().display());
+    row(
+        if adapter { "adapter" } else { "model" },
+        run.adapter().display(),
+    );
     row("curve", format!("{} and .svg", run.curve("png").display()));
     row("log", run.log().display());
-    let file = plan
-        .recipe
-        .data
-        .first()
-        .map(|it| it.display().to_string())
-        .unwrap_or_default();
+}
+
+/// What a person would type next.
+fn next(run: &Run, plan: &Plan, task: Task) {
+    let dir = run.dir().display();
+    let file = plan.recipe.data.first();
+    let file = file.map(|it| it.display().to_string()).unwrap_or_default();
     println!("\n{}", style("Next").bold());
-    println!(
-        "  peft chat {dir}\n  peft eval {dir} --data {file}\n  peft merge {dir} --out {dir}-merged"
-    );
+    if task == Task::CausalLm {
+        println!("  peft chat {dir}");
+    }
+    println!("  peft eval {dir} --data {file}\n  peft merge {dir} --out {dir}-merged");
 }

@@ -18,7 +18,11 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use peft::{Settings, Tuner, core::nearest, data::Holdout};
+use peft::{
+    PromptConfig, Settings, Tokenizer, Tuner,
+    core::{nearest, parse},
+    data::Holdout,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -125,6 +129,8 @@ pub(crate) struct Plan {
     pub(crate) recipe: Recipe,
     /// How.
     pub(crate) settings: Settings,
+    /// Somebody said which learning rate.
+    pub(crate) rate_given: bool,
 }
 
 impl Plan {
@@ -155,7 +161,16 @@ impl Plan {
         for (key, value) in pairs {
             plan.set(key, value.clone())?;
         }
+        plan.rate_given = pairs.iter().any(|(key, _)| key == "learning_rate");
         Ok(plan)
+    }
+
+    /// Takes the learning rate that fits a new head, where nobody said another.
+    pub(crate) fn for_heads(&mut self) -> Result<()> {
+        if !self.rate_given && self.recipe.defaults == Defaults::Ours {
+            self.settings.learning_rate = self.method()?.learning_rate_of_heads;
+        }
+        Ok(())
     }
 
     /// Finds the method and the defaults, and begins with its settings.
@@ -289,6 +304,7 @@ impl Plan {
         &self,
         task_type: Option<&str>,
         total: usize,
+        tokenizer: &Tokenizer,
     ) -> Result<Option<Box<dyn Tuner>>> {
         let Some(tag) = self.method()?.peft_type else {
             return Ok(None);
@@ -303,8 +319,27 @@ impl Plan {
             "base_model_name_or_path".into(),
             self.recipe.model.as_str().into(),
         );
+        if json.get("prompt_tuning_init").and_then(Value::as_str) == Some("TEXT") {
+            return self.from_text(json, tokenizer).map(Some);
+        }
         let tuner = peft::builtin().parse(Value::Object(json)).map_err(usage)?;
         Ok(Some(tuner))
+    }
+
+    /// Prompt tuning that begins at a text, which takes a tokenizer.
+    fn from_text(&self, json: Map<String, Value>, tokenizer: &Tokenizer) -> Result<Box<dyn Tuner>> {
+        let text = json.get("prompt_tuning_init_text").and_then(Value::as_str);
+        let text = text.map(str::to_owned).ok_or_else(|| {
+            usage("`prompt_tuning_init` is TEXT: say which with `prompt_tuning_init_text`")
+        })?;
+        let named = json.get("tokenizer_name_or_path").and_then(Value::as_str);
+        let named = named.unwrap_or(&self.recipe.model).to_owned();
+        let mut json = json;
+        json.insert("tokenizer_name_or_path".into(), named.as_str().into());
+        let config: PromptConfig = parse(Value::Object(json)).map_err(usage)?;
+        let ids = tokenizer.encode(&text, true)?; // as Python, with the tokenizer's own special tokens
+        let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
+        Ok(Box::new(config.with_text(&text, &named, &ids)))
     }
 
     /// What full fine-tuning trains; `None`: everything.
@@ -446,7 +481,8 @@ mod tests {
         let (key, value) = Plan::pair("lr_scheduler_kwargs={num_cycles: 0.4}").unwrap();
         plan.set(&key, value).unwrap();
         std::fs::write(&path, plan.to_yaml().unwrap()).unwrap();
-        assert_eq!(Plan::read(&path).unwrap(), plan);
+        let again = Plan::read(&path).unwrap();
+        assert_eq!((again.recipe, again.settings), (plan.recipe, plan.settings));
     }
 
     #[test]
