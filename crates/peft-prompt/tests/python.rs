@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use peft_core::{
-    Adapter, Common, Ctx, Model, ModelExt, Param, PromptSlot, Slot, Spec, Start, State, Tuner,
+    Adapter, Common, Ctx, Model, ModelExt, Param, PromptSlot, Slot, Spec, Start, State,
     tensors,
 };
 use peft_prompt::{EncoderType, PromptConfig, PromptInit, PtuningConfig};
