@@ -38,7 +38,7 @@
 //!
 //! `init_weights` is null (normal numbers) or `zero`, as in Python. A better start is what the model itself
 //! remembers of a text: [`begin_with_kv`] puts the keys and values of a forward pass into an adapter, before
-//! training, so that the tuned prefix begins as that text.
+//! training, so that the tuned prefix begins as that text (`peft::begin_prefix_at` computes them, too).
 //!
 //! # Where this differs from Python
 //!

@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use peft_core::{
-    Adapter, Common, Ctx, Model, ModelExt, PromptSlot, Slot, Spec, State, Tuner, tensors,
-};
+use peft_core::{Adapter, Common, Ctx, Model, ModelExt, PromptSlot, Slot, Spec, State, tensors};
 use peft_prefix::{PrefixConfig, begin_with_kv, prefix_from_kv};
 use peft_testing::{close, same_bits};
 use tch::{Kind, Tensor};

@@ -3,8 +3,7 @@
 use std::path::Path;
 
 use peft_core::{
-    Adapter, Common, Ctx, Model, ModelExt, Param, PromptSlot, Slot, Spec, Start, State,
-    tensors,
+    Adapter, Common, Ctx, Model, ModelExt, Param, PromptSlot, Slot, Spec, Start, State, tensors,
 };
 use peft_prompt::{EncoderType, PromptConfig, PromptInit, PtuningConfig};
 use peft_testing::{close, same_bits};

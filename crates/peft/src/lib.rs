@@ -2,7 +2,8 @@
 //!
 //! A base model stays as it is, and a method puts something small at named places in it, trains
 //! that, and saves it: megabytes instead of gigabytes, in the files that Python's `peft` reads and writes. This
-//! crate adds nothing of its own but the list of methods that it knows ([`builtin`]); who needs one part only
+//! crate adds little of its own: the list of methods that it knows ([`builtin`]) and where a method and a model
+//! meet ([`begin_prefix_at`]); who needs one part only
 //! depends on that part.
 //!
 //! | module | what is in it |
@@ -79,6 +80,8 @@
 //! A method is a type that implements [`core::Config`] in a crate that depends on `peft-core` alone. It need not be
 //! known here: `peft::builtin().with::<MyMethod>()` reads its files beside all others.
 
+mod begin;
+
 pub use peft_adalora as adalora;
 pub use peft_bitfit as bitfit;
 pub use peft_core as core;
@@ -95,6 +98,7 @@ pub use peft_torch as torch;
 pub use peft_train as train;
 pub use peft_vera as vera;
 
+pub use begin::begin_prefix_at;
 pub use peft_adalora::AdaLoraConfig;
 pub use peft_bitfit::BitfitConfig;
 pub use peft_core::{Adapter, Ctx, Error, Model, ModelExt, Registry, Result, Targets, Tuner};
