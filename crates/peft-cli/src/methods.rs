@@ -151,10 +151,11 @@ impl Method {
         found.ok_or_else(|| {
             let names: Vec<&str> = METHODS.iter().map(|it| it.name).collect();
             let hint = nearest(name, names.iter().copied());
-            usage(format!(
-                "unknown method `{name}`{hint}; known are {}",
-                names.join(", ")
-            ))
+            let lines = METHODS
+                .iter()
+                .map(|it| format!("\n  {:<9} {}", it.name, it.about));
+            let lines: String = lines.collect();
+            usage(format!("unknown method `{name}`{hint}; known are{lines}"))
         })
     }
 
@@ -164,10 +165,14 @@ impl Method {
             return Ok(Map::from_iter([(TRAIN_MODULES.to_owned(), Value::Null)]));
         };
         // What a method cannot be without; the values are replaced by those of the run.
-        let least = json!({"peft_type": tag, "num_virtual_tokens": 20, "total_step": 1000});
-        let tuner = peft::builtin()
-            .parse(least.clone())
-            .or_else(|_| peft::builtin().parse(json!({"peft_type": tag})));
+        let least = match tag {
+            "ADALORA" => json!({"peft_type": tag, "total_step": 1000}),
+            "PREFIX_TUNING" | "PROMPT_TUNING" | "P_TUNING" => {
+                json!({"peft_type": tag, "num_virtual_tokens": 20})
+            }
+            _ => json!({"peft_type": tag}),
+        };
+        let tuner = peft::builtin().parse(least);
         let mut map = match tuner?.to_json() {
             Value::Object(map) => map,
             other => anyhow::bail!("settings are keys and values, not {other}"),

@@ -1,4 +1,4 @@
-//! The norms that are tuned where nothing else is said, by the type of the model: Python's table.
+//! The norms that are tuned where nothing else is said, by the type of the model: Python's table, and BERT.
 
 /// Types of models, names.
 type Table = &'static [(&'static [&'static str], &'static [&'static str])];
@@ -25,6 +25,8 @@ pub(crate) const TARGETS: Table = &[
         ],
     ),
     (&["t5", "mt5"], &["layer_norm", "final_layer_norm"]),
+    // Not in Python's table, which has nothing for these; a saved file names them.
+    (&["bert", "roberta"], &["LayerNorm"]),
     (
         &["bart"],
         &[

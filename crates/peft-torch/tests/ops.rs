@@ -1,8 +1,8 @@
 //! Each kernel against the formula in libtorch's own operations, values and gradients, odd sizes, both dtypes.
 
 use peft_torch::{
-    AdamW, Moments, add_, cross_entropy_, drop_grad, gelu_tanh, gemv, linear, memory, rms_norm, rng,
-    rope, scale, scale_, set_fast_fp32, swiglu, vjp,
+    AdamW, Moments, add_, cross_entropy_, drop_grad, gelu_tanh, gemv, linear, memory, rms_norm,
+    rng, rope, scale, scale_, set_fast_fp32, swiglu, vjp,
 };
 use tch::{Device, Kind, Reduction, Tensor};
 

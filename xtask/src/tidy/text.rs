@@ -232,7 +232,7 @@ pub(super) fn sizes(repo: &Repo) -> Vec<Finding> {
 }
 
 const LARGEST_FILE: u64 = 2_000_000;
-const LARGEST_FIXTURES: u64 = 16_000_000;
+const LARGEST_FIXTURES: u64 = 24_000_000;
 
 /// Text that others wrote has its origin and licence beside it.
 pub(super) fn origins(repo: &Repo) -> Vec<Finding> {
