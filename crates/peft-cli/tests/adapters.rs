@@ -105,8 +105,8 @@ fn damage_is_found_and_named() {
     damaged(|dir| with_config(dir, "r", 4.into()), &["expected shape"]);
     damaged(|dir| with_config(dir, "r", 0.into()), &["r"]);
     damaged(
-        |dir| with_config(dir, "peft_type", "VERA".into()),
-        &["VERA", "LORA"],
+        |dir| with_config(dir, "peft_type", "BOFT".into()),
+        &["BOFT", "LORA"],
     );
     damaged(
         |dir| with_config(dir, "use_dorra", true.into()),

@@ -58,11 +58,12 @@ fn is_lean(name: &str) -> bool {
 }
 
 /// The crates that know models, data or a terminal.
-const RICH: [&str; 7] = [
+const RICH: [&str; 8] = [
     "peft-cli",
     "peft-data",
     "peft-dist",
     "peft-gguf",
+    "peft-metrics",
     "peft-models",
     "peft-testing",
     "peft-train",
