@@ -233,7 +233,13 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Some(dir) => Run::open(dir)?,
         None => Run::at(&args.folder(&plan)),
     };
-    overview(&plan, &run, &rows, &data, place, &mut *model, all, &thawed)?;
+    println!(
+        "{}",
+        style(format!("Train {}", run.dir().display()))
+            .bold()
+            .underlined()
+    );
+    overview(&plan, &rows, &data, place, &mut *model, all, &thawed)?;
     rows.first_row(&tokenizer, &data)?;
     forecast(&plan, &data, &*model)?;
     if args.dry_run {
@@ -593,6 +599,7 @@ struct Loaded {
 }
 
 /// Data, and held-out data of files of its own.
+#[allow(clippy::large_enum_variant)] // there is one of it
 enum Kind {
     Text(Dataset, Option<Dataset>),
     Task(TaskDataset, Option<TaskDataset>),
@@ -870,7 +877,6 @@ pub(crate) fn cache_dir() -> Option<PathBuf> {
 /// Everything that was resolved.
 fn overview(
     plan: &Plan,
-    run: &Run,
     rows: &Loaded,
     data: &Data<'_>,
     place: Placement,
@@ -878,12 +884,6 @@ fn overview(
     all: i64,
     thawed: &[Param],
 ) -> Result<()> {
-    println!(
-        "{}",
-        style(format!("Train {}", run.dir().display()))
-            .bold()
-            .underlined()
-    );
     let kind = model.spec().model_type;
     let device = match place.device {
         Device::Cuda(i) => format!("cuda:{i}"),

@@ -320,14 +320,18 @@ impl Plan {
             self.recipe.model.as_str().into(),
         );
         if json.get("prompt_tuning_init").and_then(Value::as_str) == Some("TEXT") {
-            return self.from_text(json, tokenizer).map(Some);
+            return self.begin_at_text(json, tokenizer).map(Some);
         }
         let tuner = peft::builtin().parse(Value::Object(json)).map_err(usage)?;
         Ok(Some(tuner))
     }
 
     /// Prompt tuning that begins at a text, which takes a tokenizer.
-    fn from_text(&self, json: Map<String, Value>, tokenizer: &Tokenizer) -> Result<Box<dyn Tuner>> {
+    fn begin_at_text(
+        &self,
+        json: Map<String, Value>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Box<dyn Tuner>> {
         let text = json.get("prompt_tuning_init_text").and_then(Value::as_str);
         let text = text.map(str::to_owned).ok_or_else(|| {
             usage("`prompt_tuning_init` is TEXT: say which with `prompt_tuning_init_text`")
