@@ -31,6 +31,7 @@
 //!
 //! [`load_from_python`] reads such a folder, ours or one that Python saved, back to a BitFit. What is lost on the way is
 //! nothing; what is added are two vectors of zeros for each layer that had no bias (or, where all had one, for one layer).
+//! Python cannot merge a bias into a layer that has none; merge here, and the model that is saved has it.
 //!
 //! # Learning rate
 //!
