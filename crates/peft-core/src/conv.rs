@@ -324,6 +324,12 @@ impl Conv {
         self.adapters.push(name, adapter);
     }
 
+    /// The adapters of one name, innermost first.
+    pub fn adapters(&self, name: &str) -> impl Iterator<Item = &dyn ConvAdapter> {
+        let all = self.adapters.all().iter();
+        all.filter(move |it| it.name == name).map(|it| &*it.adapter)
+    }
+
     pub(crate) fn thaw(&mut self, leaves: &mut Leaves) {
         let Plain { weight, bias } = &self.base.plain;
         self.base.plain = Plain {

@@ -48,7 +48,7 @@ use tch::{Kind, Tensor};
 
 use crate::{
     Bias, Init, LoraConfig, embedding, lora,
-    low_rank::{Svd, padded},
+    low_rank::{Svd, is_finite, padded},
     task_vectors::{
         MajoritySign, disjoint_merge, elect_sign, prune_magnitude, prune_random, weighted,
         weighted_sum,
@@ -448,6 +448,17 @@ impl Part {
         };
         let (a, b) = (half(0)?, half(1)?);
         let (r, scale) = self.config.rank_and_scale(at)?;
+        if let &[_, share, _, ..] = b.size().as_slice()
+            && share > 0
+            && share < r
+            && r % share == 0
+        {
+            return Err(LoraConfig::fault(format!(
+                "`{at}` in {} is a convolution of {} groups; its factors are no product, and cannot be combined",
+                self.label,
+                r / share
+            )));
+        }
         let fits = |i: usize, t: &Tensor, dim: usize| {
             let mut expected = t.size();
             if expected.len() < 2 {
@@ -979,9 +990,4 @@ fn whole_modules(parts: &[Part]) -> Result<Option<Vec<String>>> {
         }
     }
     Ok(names)
-}
-
-/// Whether every number is finite.
-fn is_finite(tensor: &Tensor) -> bool {
-    tensor.isfinite().all().int64_value(&[]) != 0
 }

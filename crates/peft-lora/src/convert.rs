@@ -23,14 +23,14 @@ use std::path::PathBuf;
 
 use indexmap::IndexMap;
 use peft_core::{
-    Adapter, BIASES, Common, Config, Embedding, Error, Linear, Model, ModelExt, Names, Norm,
+    Adapter, BIASES, Common, Config, Conv, Embedding, Error, Linear, Model, ModelExt, Names, Norm,
     Outline, Params, Plain, Result, Slot, State, Tuner,
 };
 use tch::{Kind, Tensor};
 
 use crate::{
     Bias, LoraConfig, embedding, lora,
-    low_rank::{Svd, padded},
+    low_rank::{Svd, is_finite, padded},
 };
 
 /// The rank of a conversion.
@@ -135,11 +135,13 @@ struct NewBias {
     changed: bool,
 }
 
-/// ΔW of one place, as `B A`-like `[m, n]`: `[out, in]` of a layer, `[hidden, vocab]` of a table.
+/// ΔW of one place `[m, n]`: `[out, in]` of a layer, `[out, in · kernel]` of a convolution, `[hidden, vocab]` of a table.
 #[derive(Debug)]
 struct Update {
     names: [&'static str; 2],
     size: (i64, i64),
+    /// What A is behind its rank, on disk: more than one for a convolution, whose kernel is flattened here.
+    inner: Vec<i64>,
     delta: Delta,
 }
 
@@ -165,11 +167,13 @@ impl Changes {
                 result = match slot {
                     Slot::Linear(it) => changes.linear(at, it, name),
                     Slot::Embedding(it) => changes.embedding(at, it, name),
+                    Slot::Conv(it) => changes.conv(at, it, name),
                     Slot::Norm(it) => changes.norm(at, it, name),
-                    Slot::Prompt(it) if it.adapters(name).next().is_some() => {
-                        Err(not("the input", "virtual tokens have no form as a weight"))
-                    }
-                    _ => Ok(()),
+                    Slot::Prompt(it) => match it.adapters(name).next() {
+                        Some(_) => Err(not("the input", "virtual tokens have no form as a weight")),
+                        None => Ok(()),
+                    },
+                    _ => Err(not(at, "this kind of place is not known here")),
                 };
             }
         });
@@ -178,36 +182,60 @@ impl Changes {
 
     fn linear(&mut self, at: &str, it: &Linear, name: &str) -> Result<()> {
         let base = it.base();
-        let held: Vec<State> = it.adapters(name).map(tensors).collect();
-        let whole = held.iter().any(|it| it.contains_key(WHOLE[0]));
-        let kind = match whole {
-            true => base.weight().kind(),
-            false => Kind::Float,
-        };
         let before = Plain {
-            weight: base.weight().to_kind(kind),
-            bias: base.bias().map(|it| it.to_kind(kind)),
+            weight: base.weight(),
+            bias: base.bias().map(Tensor::shallow_clone),
         };
-        let after = |start: Plain| {
+        let held: Vec<State> = it.adapters(name).map(tensors).collect();
+        self.layer(at, before, base.transposed(), &held, |start| {
             let mut all = it.adapters(name);
             all.try_fold(start, |p, it| it.merge(p, base))
-                .ok_or_else(|| not(at, "the method has no form as a weight here"))
+        })
+    }
+
+    fn conv(&mut self, at: &str, it: &Conv, name: &str) -> Result<()> {
+        let base = it.base();
+        let before = Plain {
+            weight: base.weight().shallow_clone(),
+            bias: base.bias().map(Tensor::shallow_clone),
         };
+        let held: Vec<State> = it.adapters(name).map(tensors).collect();
+        self.layer(at, before, false, &held, |start| {
+            let mut all = it.adapters(name);
+            all.try_fold(start, |p, it| it.merge(p, base))
+        })
+    }
+
+    /// A layer with a weight `[out, in, kernel…]`; `transposed`: on disk it is `[in, out]`.
+    fn layer(
+        &mut self,
+        at: &str,
+        base: Plain,
+        transposed: bool,
+        held: &[State],
+        merge: impl Fn(Plain) -> Option<Plain>,
+    ) -> Result<()> {
         if held.is_empty() {
-            return self.bias(at, base.bias(), base.bias());
+            return self.bias(at, base.bias.as_ref(), base.bias.as_ref());
         }
-        let merged = after(before.clone())?;
-        if whole {
-            let weight = match base.transposed() {
-                true => merged.weight.tr(),
-                false => merged.weight,
-            };
+        let after = |start: Plain| {
+            let none = || not(at, "the method has no form as a weight here");
+            merge(start).ok_or_else(none)
+        };
+        if held.iter().any(|it| it.contains_key(WHOLE[0])) {
+            let Plain { weight, bias } = after(base)?;
+            let weight = if transposed { weight.tr() } else { weight };
             self.whole.push((at.to_owned(), WHOLE[0], weight));
-            let bias = merged.bias.map(|it| (at.to_owned(), WHOLE[1], it));
+            let bias = bias.map(|it| (at.to_owned(), WHOLE[1], it));
             self.whole.extend(bias);
             return Ok(());
         }
-        self.bias(at, base.bias(), merged.bias.as_ref())?;
+        let before = Plain {
+            weight: base.weight.to_kind(Kind::Float),
+            bias: base.bias.as_ref().map(|it| it.to_kind(Kind::Float)),
+        };
+        let merged = after(before.clone())?;
+        self.bias(at, base.bias.as_ref(), merged.bias.as_ref())?;
         let delta = merged.weight - &before.weight;
         let alone = || {
             let nothing = Plain {
@@ -216,7 +244,7 @@ impl Changes {
             };
             after(nothing).map(|it| it.weight)
         };
-        self.update(at, LAYER, delta, &held, alone)
+        self.update(at, LAYER, delta, held, alone)
     }
 
     fn embedding(&mut self, at: &str, it: &Embedding, name: &str) -> Result<()> {
@@ -244,7 +272,8 @@ impl Changes {
     fn norm(&mut self, at: &str, it: &Norm, name: &str) -> Result<()> {
         let base = it.base();
         let after = it.adapters(name).fold(base.clone(), |a, it| it.affine(a));
-        if !after.weight.equal(&base.weight) {
+        let wide = |it: &Tensor| it.to_kind(Kind::Float);
+        if !wide(&after.weight).equal(&wide(&base.weight)) {
             return Err(not_lora(at, "is a norm whose weight the adapter changes"));
         }
         self.bias(at, base.bias.as_ref(), after.bias.as_ref())
@@ -270,7 +299,7 @@ impl Changes {
         Ok(())
     }
 
-    /// delta: `[m, n]`; `alone`: the same from adapters that are on nothing.
+    /// delta: `[m, n, kernel…]`; `alone`: the same from adapters that are on nothing.
     fn update(
         &mut self,
         at: &str,
@@ -279,16 +308,23 @@ impl Changes {
         held: &[State],
         alone: impl Fn() -> Result<Tensor>,
     ) -> Result<()> {
-        if delta.isfinite().all().int64_value(&[]) == 0 {
+        if !is_finite(&delta) {
             return Err(not(at, "the merged weight is not finite"));
         }
+        let inner = delta.size()[1..].to_vec();
+        let delta = delta.flatten(1, -1);
         let size = (delta.size()[0], delta.size()[1]);
-        let delta = match factors(names, held, alone)? {
+        let delta = match factors(names, size, held, || Ok(alone()?.flatten(1, -1)))? {
             Some((a, b)) => Delta::Factors(a, b),
             None if delta.count_nonzero(None).int64_value(&[]) == 0 => Delta::Zero,
             None => Delta::Dense(delta),
         };
-        let update = Update { names, size, delta };
+        let update = Update {
+            names,
+            size,
+            inner,
+            delta,
+        };
         self.updates.insert(at.to_owned(), update);
         Ok(())
     }
@@ -318,8 +354,9 @@ impl Changes {
                 rank: a.size()[0],
                 error: update.error(&a, &b),
             });
-            state.insert(config.key(at, update.names[0]), a);
-            state.insert(config.key(at, update.names[1]), b);
+            for (name, tensor) in update.names.iter().zip(update.shaped(a, b)) {
+                state.insert(config.key(at, name), tensor);
+            }
         }
         config.r = match rank {
             Rank::Number(r) => r,
@@ -453,6 +490,16 @@ impl Update {
         Ok(svd.upright().factors(r))
     }
 
+    /// A and B as they are on disk: `[r, n]` and `[m, r]`, or for a convolution `[r, in, kernel…]` and `[m, r, 1…]`.
+    fn shaped(&self, a: Tensor, b: Tensor) -> [Tensor; 2] {
+        let r = a.size()[0];
+        let ones = vec![1; self.inner.len() - 1];
+        [
+            a.reshape([&[r][..], &self.inner].concat()),
+            b.reshape([&[self.size.0, r][..], &ones].concat()),
+        ]
+    }
+
     fn error(&self, a: &Tensor, b: &Tensor) -> f64 {
         let product =
             |a: &Tensor, b: &Tensor| b.to_kind(Kind::Double).matmul(&a.to_kind(Kind::Double));
@@ -483,6 +530,7 @@ fn tensors(adapter: &(impl Params + ?Sized)) -> State {
 /// The scale is no tensor; it is what the update of nothing is of BA.
 fn factors(
     names: [&str; 2],
+    (m, n): (i64, i64),
     held: &[State],
     alone: impl Fn() -> Result<Tensor>,
 ) -> Result<Option<(Tensor, Tensor)>> {
@@ -495,10 +543,14 @@ fn factors(
     let [Some(a), Some(b)] = names.map(|name| one.get(name)) else {
         return Ok(None);
     };
-    if !one.keys().all(known) || a.dim() != 2 || b.dim() != 2 {
+    if !one.keys().all(known) || a.dim() < 2 || b.dim() < 2 {
         return Ok(None);
     }
-    let [a, b] = [a, b].map(|it| it.to_kind(Kind::Double));
+    let [a, b] = [a, b].map(|it| it.to_kind(Kind::Double).flatten(1, -1));
+    let r = a.size()[0];
+    if a.size() != [r, n] || b.size() != [m, r] {
+        return Ok(None);
+    }
     let (product, update) = (b.matmul(&a), alone()?.to_kind(Kind::Double));
     let dot = |x: &Tensor, y: &Tensor| (x * y).sum(Kind::Double).double_value(&[]);
     let scale = match dot(&product, &product) {

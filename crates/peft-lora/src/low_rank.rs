@@ -80,6 +80,11 @@ pub(crate) fn padded(a: &Tensor, b: &Tensor, r: i64) -> (Tensor, Tensor) {
     )
 }
 
+/// Whether every number is finite.
+pub(crate) fn is_finite(tensor: &Tensor) -> bool {
+    tensor.isfinite().all().int64_value(&[]) != 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
