@@ -45,4 +45,7 @@ pub trait Seq2Seq: Network {
     fn head(&self) -> &Linear;
     /// The token that every target begins with.
     fn start(&self) -> i64;
+    /// What the decoder reads where nobody says: labels `[batch, target]` shifted to the right, with padding where they
+    /// do not count.
+    fn shifted(&self, labels: &Tensor) -> Tensor;
 }

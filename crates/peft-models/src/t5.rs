@@ -121,18 +121,6 @@ impl T5 {
         })
     }
 
-    /// The decoder's input: labels `[batch, target]` shifted to the right.
-    fn shifted(&self, labels: &Tensor) -> Tensor {
-        let size = labels.size();
-        let start = Tensor::full(
-            [size[0], 1],
-            self.config.start,
-            (Kind::Int64, labels.device()),
-        );
-        let ids = Tensor::cat(&[&start, &labels.narrow(1, 0, size[1] - 1)], 1);
-        ids.masked_fill(&ids.eq(IGNORE), self.config.pad)
-    }
-
     /// The vectors in front of the head, `[batch, target, hidden]`.
     fn target(&self, input: &Input, ids: &Tensor, ctx: Ctx) -> Tensor {
         let source = self.encode(input, ctx);
@@ -457,6 +445,17 @@ impl Seq2Seq for T5 {
 
     fn start(&self) -> i64 {
         self.config.start
+    }
+
+    fn shifted(&self, labels: &Tensor) -> Tensor {
+        let size = labels.size();
+        let start = Tensor::full(
+            [size[0], 1],
+            self.config.start,
+            (Kind::Int64, labels.device()),
+        );
+        let ids = Tensor::cat(&[&start, &labels.narrow(1, 0, size[1] - 1)], 1);
+        ids.masked_fill(&ids.eq(IGNORE), self.config.pad)
     }
 }
 

@@ -12,7 +12,7 @@ use peft::{
     Adapter, Ctx, Input, ModelExt, OpenOptions, Sampling,
     core::{State, tensors},
     generate,
-    models::{HeadOptions, IGNORE, Labels, Network, Source, Task, generate_seq2seq, open_task},
+    models::{HeadOptions, Labels, Network, Source, Task, generate_seq2seq, open_task},
     tch::{Kind, Tensor},
 };
 use peft_testing::{
@@ -147,10 +147,7 @@ fn asked(case: &Case, model: &Model, batch: &str) -> Input {
     let mut input = input(case, batch);
     if let (Some(model), None) = (model.seq2seq(), &input.decoder_ids) {
         let labels = case.tensor(&format!("{batch}.labels"));
-        let labels = labels.masked_fill(&labels.eq(IGNORE), 0); // padding
-        let first = labels.narrow(1, 0, 1).full_like(model.start());
-        let rest = labels.narrow(1, 0, labels.size()[1] - 1);
-        input.decoder_ids = Some(Tensor::cat(&[first, rest], 1));
+        input.decoder_ids = Some(model.shifted(labels));
     }
     input
 }

@@ -296,7 +296,7 @@ impl Batch {
         let target = state.get("decoder_input_ids").map(Tensor::size);
         let target = target.filter(|it| it.len() == 2 && it[0] == shape[0]);
         let target = target.unwrap_or_else(|| vec![shape[0], -1]);
-        let input = Input {
+        let mut input = Input {
             ids: file
                 .take("input_ids", &shape, &token, &below)?
                 .context("no `input_ids`")?,
@@ -312,6 +312,11 @@ impl Batch {
             decoder_mask: file.take("decoder_attention_mask", &target, &flag, "must be 0 or 1")?,
         };
         let labels = file.labels(model, &shape)?;
+        if let (Some(model), None, Some(Labels::Tokens(labels))) =
+            (model.seq2seq(), &input.decoder_ids, &labels)
+        {
+            input.decoder_ids = Some(model.shifted(labels));
+        }
         Ok(Batch { input, labels })
     }
 
