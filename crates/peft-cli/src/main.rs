@@ -21,7 +21,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    chat, check, completions, data, eval, forward, generate, import, info, merge, train,
+    chat, check, compare, completions, data, eval, forward, generate, import, info, merge, train,
 };
 
 /// Fine-tune language models with few parameters, and use the result.
@@ -47,6 +47,8 @@ MODEL is a folder in Hugging Face's format, a hub id such as HuggingFaceTB/SmolL
 enum Command {
     /// Fine-tune an adapter on your data
     Train(Box<train::Args>),
+    /// Train several methods on the same data and compare them
+    Compare(Box<compare::Args>),
     /// Answer one or many prompts
     Generate(generate::Args),
     /// Talk to a model
@@ -84,6 +86,7 @@ fn run(cli: Cli) -> Result<()> {
     cli.global.apply();
     match cli.command {
         Command::Train(args) => train::run(*args),
+        Command::Compare(args) => compare::run(*args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Eval(args) => eval::run(args),

@@ -9,6 +9,8 @@
 //! | answers in a text | exact match and F1 of words, as SQuAD has them |
 //! | hidden words, texts for texts | perplexity, which is e to the power of the loss |
 
+use std::collections::BTreeMap;
+
 use anyhow::{Context, Result};
 use peft::{
     Ctx,
@@ -60,8 +62,38 @@ pub(crate) fn judge(
     let all = Rows::of_task(data, rows.to_vec())?;
     let mut sum = |batch: &peft::train::Batch| loss(model, batch, Ctx::EVAL);
     let loss = evaluate(&mut sum, &all, size, &mut |_, _| ())?;
+    let mut judged = answers(model, data, rows, size)?;
+    if judged.figures.is_empty() {
+        let value = perplexity(loss.loss());
+        judged.figures.insert("perplexity".into(), json!(value));
+    }
+    judged.loss = loss;
+    Ok(judged)
+}
+
+/// The figures alone that are more than the loss in other words.
+pub(crate) fn figures(
+    model: &dyn Network,
+    data: &TaskDataset,
+    rows: &[usize],
+    size: usize,
+) -> Result<BTreeMap<String, f64>> {
+    let _off = tch::no_grad_guard();
+    let all = answers(model, data, rows, size)?.figures.into_iter();
+    Ok(all
+        .filter_map(|(name, value)| Some((name, value.as_f64()?)))
+        .collect())
+}
+
+/// Everything but the loss.
+fn answers(
+    model: &dyn Network,
+    data: &TaskDataset,
+    rows: &[usize],
+    size: usize,
+) -> Result<Judged> {
     let mut judged = Judged {
-        loss,
+        loss: Evaluation::default(),
         figures: Map::new(),
         confusion: None,
         report: None,
@@ -70,10 +102,7 @@ pub(crate) fn judge(
         Task::SeqCls => of_rows(model, data, rows, size, &mut judged)?,
         Task::TokenCls => of_tokens(model, data, rows, size, &mut judged)?,
         Task::QuestionAns => of_answers(model, data, rows, size, &mut judged)?,
-        _ => {
-            let value = perplexity(judged.loss.loss());
-            judged.figures.insert("perplexity".into(), json!(value));
-        }
+        _ => {}
     }
     Ok(judged)
 }

@@ -16,6 +16,7 @@ use tch::Tensor;
 use crate::{
     Ctx, Error, Params, Result,
     stack::{Place, Stack},
+    thaw::Leaves,
 };
 
 /// What stands in front of every row of a batch.
@@ -54,6 +55,13 @@ impl PromptSlot {
     /// The table of the input embedding `[vocab, hidden]`.
     pub fn words(&self) -> &Tensor {
         &self.words
+    }
+
+    /// Looks at the trainable copy of the table, where there is one.
+    pub(crate) fn thaw(&mut self, leaves: &Leaves) {
+        if let Some(leaf) = leaves.copy_of(&self.words) {
+            self.words = leaf.detach();
+        }
     }
 
     /// Puts an adapter behind those that are there.

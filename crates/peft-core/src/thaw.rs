@@ -19,13 +19,19 @@ pub(crate) struct Leaves {
 }
 
 impl Leaves {
-    /// The copy of `old`, a new one or that which another place has.
-    pub(crate) fn take(&mut self, name: &'static str, old: &Tensor) -> Tensor {
+    /// The copy of `old` that some place has.
+    pub(crate) fn copy_of(&self, old: &Tensor) -> Option<Tensor> {
         let same = |it: &&(Tensor, Tensor)| {
             it.0.data_ptr() == old.data_ptr() && it.0.size() == old.size() && old.numel() > 0
         };
-        if let Some((_, leaf)) = self.known.iter().find(same) {
-            return leaf.shallow_clone();
+        let found = self.known.iter().find(same);
+        found.map(|(_, leaf)| leaf.shallow_clone())
+    }
+
+    /// The copy of `old`, a new one or that which another place has.
+    pub(crate) fn take(&mut self, name: &'static str, old: &Tensor) -> Tensor {
+        if let Some(leaf) = self.copy_of(old) {
+            return leaf;
         }
         // `empty_like` keeps the strides of a dense tensor, so a transposed layer stays one.
         let leaf = tch::no_grad(|| {
@@ -67,6 +73,12 @@ pub(crate) fn thaw<M: Model + ?Sized>(model: &mut M, which: Option<&Names>) -> R
             norm,
             tensor,
         }));
+    });
+    // The prompt's view of the words goes last, else it would hold the whole file of the base in memory.
+    model.slots(&mut |_, slot| {
+        if let Slot::Prompt(it) = slot {
+            it.thaw(&leaves);
+        }
     });
     Ok(all)
 }

@@ -43,6 +43,9 @@ pub struct Progress {
     pub first_eval: Option<f64>,
     /// Held-out loss of the last evaluation.
     pub last_eval: Option<f64>,
+    /// What the held-out rows were judged by at the last evaluation besides the loss.
+    #[serde(default)]
+    pub figures: std::collections::BTreeMap<String, f64>,
     /// Loss of the last step.
     pub last_loss: Option<f64>,
     /// Evaluations in a row that were not better.

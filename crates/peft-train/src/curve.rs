@@ -1,4 +1,4 @@
-//! The loss over the steps, as a picture.
+//! The loss over the steps, as a picture: of one run, or what several runs were judged by.
 //!
 //! The loss of single batches jumps about; it is drawn light, and on top of it
 //! its exponential mean s ← 0.9·s + 0.1·x, divided by 1 − 0.9ⁿ so that the start
@@ -28,6 +28,32 @@ const HELD_OUT: RGBColor = RGBColor(220, 80, 32);
 
 /// Draws a log as PNG or SVG, by the ending of `path`.
 pub fn draw(path: &Path, records: &[Record], title: &str) -> Result<()> {
+    let curves = Curves::of(records);
+    write(path, SIZE, &Loss { curves, title })
+}
+
+/// One line in a picture of several runs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Curve {
+    /// Whose it is.
+    pub name: String,
+    /// (step, value), in order.
+    pub points: Vec<(f64, f64)>,
+}
+
+/// Draws several runs as PNG or SVG, by the ending of `path`: a panel for each figure, (its name, a curve for each run).
+pub fn draw_several(path: &Path, panels: &[(String, Vec<Curve>)], title: &str) -> Result<()> {
+    let size = (SIZE.0, SIZE.1 * panels.len().clamp(1, 8) as u32);
+    write(path, size, &Several { panels, title })
+}
+
+/// Something that can be painted in any format.
+trait Picture {
+    fn paint<B: DrawingBackend>(&self, backend: B) -> Result<(), String>;
+}
+
+/// Writes a picture, whole or not at all.
+fn write(path: &Path, size: (u32, u32), picture: &impl Picture) -> Result<()> {
     let fault = |reason: String| Error::Picture {
         path: path.to_owned(),
         reason,
@@ -35,15 +61,17 @@ pub fn draw(path: &Path, records: &[Record], title: &str) -> Result<()> {
     if !has_font() {
         return Err(fault("the built-in font cannot be read".into()));
     }
-    let curves = Curves::of(records);
     if path.extension().is_some_and(|it| it == "svg") {
         let mut text = String::new();
-        paint(SVGBackend::with_string(&mut text, SIZE), &curves, title).map_err(fault)?;
+        let backend = SVGBackend::with_string(&mut text, size);
+        picture.paint(backend).map_err(fault)?;
         return Ok(files::write_text(path, &text)?);
     }
     // The picture's format goes by the ending, so the partial file has it, too.
     let partial = path.with_file_name(format!(".loss.{}.partial.png", std::process::id()));
-    let drawn = paint(BitMapBackend::new(&partial, SIZE), &curves, title).map_err(fault);
+    let drawn = picture
+        .paint(BitMapBackend::new(&partial, size))
+        .map_err(fault);
     let moved = drawn.and_then(|()| std::fs::rename(&partial, path).map_err(Error::io(path)));
     if moved.is_err() {
         let _ = std::fs::remove_file(&partial);
@@ -118,84 +146,177 @@ impl Curves {
     }
 }
 
-fn paint<B: DrawingBackend>(backend: B, curves: &Curves, title: &str) -> Result<(), String> {
-    let say = |error: DrawingAreaErrorKind<B::ErrorType>| error.to_string();
-    let root = backend.into_drawing_area();
-    root.fill(&WHITE).map_err(say)?;
-    let mut chart = ChartBuilder::on(&root)
+/// The loss of one run.
+struct Loss<'a> {
+    curves: Curves,
+    title: &'a str,
+}
+
+impl Picture for Loss<'_> {
+    fn paint<B: DrawingBackend>(&self, backend: B) -> Result<(), String> {
+        let say = |error: Fault<B>| error.to_string();
+        let root = backend.into_drawing_area();
+        root.fill(&WHITE).map_err(say)?;
+        let curves = &self.curves;
+        let (steps, losses) = (curves.steps(), curves.losses());
+        let mut chart = axes(&root, self.title, "loss (nats)", steps, losses).map_err(say)?;
+        let thin = LIGHT.stroke_width(1);
+        line(&mut chart, &curves.raw, thin, "training, each batch").map_err(say)?;
+        let thick = DARK.stroke_width(3);
+        line(&mut chart, &curves.smooth, thick, "training, smoothed").map_err(say)?;
+        if !curves.held_out.is_empty() {
+            let style = HELD_OUT.stroke_width(2);
+            line(&mut chart, &curves.held_out, style, "held out").map_err(say)?;
+            points(&mut chart, &curves.held_out, HELD_OUT).map_err(say)?;
+        }
+        legend(&mut chart, SeriesLabelPosition::UpperRight).map_err(say)?;
+        root.present().map_err(say)
+    }
+}
+
+/// What several runs were judged by.
+struct Several<'a> {
+    panels: &'a [(String, Vec<Curve>)],
+    title: &'a str,
+}
+
+/// Colours that can be told apart, also by most of those who do not see all of them (P. Tol, "muted", and black).
+const COLOURS: [RGBColor; 10] = [
+    RGBColor(51, 34, 136),
+    RGBColor(204, 102, 119),
+    RGBColor(17, 119, 51),
+    RGBColor(221, 170, 51),
+    RGBColor(136, 204, 238),
+    RGBColor(136, 34, 85),
+    RGBColor(68, 170, 153),
+    RGBColor(153, 153, 51),
+    RGBColor(170, 68, 153),
+    RGBColor(0, 0, 0),
+];
+
+impl Picture for Several<'_> {
+    fn paint<B: DrawingBackend>(&self, backend: B) -> Result<(), String> {
+        let say = |error: Fault<B>| error.to_string();
+        let root = backend.into_drawing_area();
+        root.fill(&WHITE).map_err(say)?;
+        let areas = root.split_evenly((self.panels.len().max(1), 1));
+        for (at, (area, (figure, curves))) in areas.iter().zip(self.panels).enumerate() {
+            let title = if at == 0 { self.title } else { figure };
+            let steps = curves.iter().flat_map(|it| &it.points).map(|it| it.0);
+            let steps = 0.0..steps.fold(1.0, f64::max);
+            let mut chart = axes(area, title, figure, steps, reach(curves)).map_err(say)?;
+            for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
+                let style = colour.stroke_width(3);
+                line(&mut chart, &curve.points, style, &curve.name).map_err(say)?;
+                points(&mut chart, &curve.points, *colour).map_err(say)?;
+            }
+            // Where the lines of a falling and of a rising figure leave room.
+            let place = match falls(curves) {
+                true => SeriesLabelPosition::UpperRight,
+                false => SeriesLabelPosition::LowerRight,
+            };
+            legend(&mut chart, place).map_err(say)?;
+        }
+        root.present().map_err(say)
+    }
+}
+
+fn falls(curves: &[Curve]) -> bool {
+    let change = |it: &Curve| Some(it.points.last()?.1 - it.points.first()?.1);
+    curves.iter().filter_map(change).sum::<f64>() < 0.0
+}
+
+/// From a little below the least value to a little above where most begin and all end: one run that begins far
+/// off does not press the others together.
+fn reach(curves: &[Curve]) -> Range<f64> {
+    let all = curves.iter().flat_map(|it| &it.points).map(|it| it.1);
+    let least = all.clone().fold(f64::INFINITY, f64::min);
+    let of = |at: fn(&[(f64, f64)]) -> Option<&(f64, f64)>| -> Vec<f64> {
+        let all = curves.iter().filter_map(|it| at(&it.points));
+        all.map(|it| it.1).collect()
+    };
+    let (mut first, last) = (of(|it| it.first()), of(|it| it.last()));
+    first.sort_by(f64::total_cmp);
+    let usual = first.get(first.len() / 2).copied();
+    let most = last
+        .into_iter()
+        .chain(usual)
+        .fold(f64::NEG_INFINITY, f64::max);
+    if !(least.is_finite() && most.is_finite()) {
+        return 0.0..1.0;
+    }
+    let margin = ((most - least) * 0.08).max(most.abs() * 0.01).max(1e-6);
+    least - margin..most + margin
+}
+
+type Fault<B> = DrawingAreaErrorKind<<B as DrawingBackend>::ErrorType>;
+type Area<B> = DrawingArea<B, plotters::coord::Shift>;
+type Chart<'c, B> = ChartContext<'c, B, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+
+fn axes<'c, B: DrawingBackend>(
+    area: &'c Area<B>,
+    title: &str,
+    figure: &str,
+    steps: Range<f64>,
+    values: Range<f64>,
+) -> Result<Chart<'c, B>, Fault<B>> {
+    let mut chart = ChartBuilder::on(area)
         .margin(24)
         .margin_right(36)
         .caption(title, (FONT, 26).into_font().color(&INK))
         .x_label_area_size(56)
         .y_label_area_size(76)
-        .build_cartesian_2d(curves.steps(), curves.losses())
-        .map_err(say)?;
+        .build_cartesian_2d(steps, values)?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)
         .bold_line_style(INK.mix(0.12))
         .axis_style(INK.mix(0.6))
         .x_desc("step")
-        .y_desc("loss (nats a token)")
+        .y_desc(figure)
         .axis_desc_style((FONT, 20).into_font().color(&INK))
         .label_style((FONT, 17).into_font().color(&INK))
         .x_labels(10)
         .y_labels(8)
         .x_label_formatter(&|step| format!("{step:.0}"))
-        .y_label_formatter(&|loss| format!("{loss:.2}"))
-        .draw()
-        .map_err(say)?;
-    line(
-        &mut chart,
-        &curves.raw,
-        LIGHT.stroke_width(1),
-        "training, each batch",
-    )
-    .map_err(say)?;
-    line(
-        &mut chart,
-        &curves.smooth,
-        DARK.stroke_width(3),
-        "training, smoothed",
-    )
-    .map_err(say)?;
-    if !curves.held_out.is_empty() {
-        line(
-            &mut chart,
-            &curves.held_out,
-            HELD_OUT.stroke_width(2),
-            "held out",
-        )
-        .map_err(say)?;
-        let points = curves
-            .held_out
-            .iter()
-            .map(|at| Circle::new(*at, 5, HELD_OUT.filled()));
-        chart.draw_series(points).map_err(say)?;
-    }
+        .y_label_formatter(&|value| format!("{value:.2}"))
+        .draw()?;
+    Ok(chart)
+}
+
+fn legend<'c, B: DrawingBackend + 'c>(
+    chart: &mut Chart<'c, B>,
+    position: SeriesLabelPosition,
+) -> Result<(), Fault<B>> {
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(position)
         .margin(16)
         .legend_area_size(36)
         .background_style(WHITE.mix(0.9))
         .border_style(INK.mix(0.2))
         .label_font((FONT, 18).into_font().color(&INK))
         .draw()
-        .map_err(say)?;
-    root.present().map_err(say)
 }
-
-type Chart<'c, B> = ChartContext<'c, B, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
 fn line<B: DrawingBackend>(
     chart: &mut Chart<'_, B>,
     points: &[(f64, f64)],
     style: ShapeStyle,
     name: &str,
-) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+) -> Result<(), Fault<B>> {
     let series = LineSeries::new(points.iter().copied(), style);
     let sample = move |(x, y)| PathElement::new([(x, y), (x + 28, y)], style);
     chart.draw_series(series)?.label(name).legend(sample);
+    Ok(())
+}
+
+fn points<B: DrawingBackend>(
+    chart: &mut Chart<'_, B>,
+    points: &[(f64, f64)],
+    colour: RGBColor,
+) -> Result<(), Fault<B>> {
+    let dots = points.iter().map(|at| Circle::new(*at, 5, colour.filled()));
+    chart.draw_series(dots)?;
     Ok(())
 }

@@ -72,6 +72,9 @@ pub enum Error {
         /// What the drawing library says.
         reason: String,
     },
+    /// The held-out rows could not be judged.
+    #[error("judging the held-out rows: {0}")]
+    Judge(String),
     /// Files, adapters, tensors.
     #[error(transparent)]
     Core(Box<peft_core::Error>),

@@ -43,12 +43,12 @@ mod settings;
 mod train;
 
 pub use checkpoint::{Checkpoint, Interval, Progress};
-pub use curve::draw;
+pub use curve::{Curve, draw, draw_several};
 pub use data::{Batch, Rows};
 pub use error::{Error, Result};
 pub use log::{EvalRecord, Record, StepRecord, read_log};
 pub use objective::{
-    CausalLm, Objective, Part, Tuned, loss, next_token_loss, task_tensors, tensors,
+    CausalLm, Judge, Objective, Part, Tuned, loss, next_token_loss, task_tensors, tensors,
 };
 pub use optimizer::{Optimizer, decays};
 pub use run::{Run, RunInfo, Status};

@@ -3,6 +3,7 @@
 //! A line is written whole and at once. A checkpoint remembers how long the log
 //! was, and a resumed run cuts it there: no step is in it twice.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -53,6 +54,9 @@ pub struct EvalRecord {
     pub eval_loss: f64,
     /// e to the power of the loss.
     pub perplexity: f64,
+    /// What the task is judged by besides, by name: `accuracy`, `f1`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub figures: BTreeMap<String, f64>,
     /// The lowest loss so far.
     pub best: bool,
     /// How long it took.

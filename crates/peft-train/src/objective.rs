@@ -6,6 +6,7 @@
 //! trains: a model of any task, with an adapter or with its own parameters.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
 };
@@ -15,7 +16,7 @@ use peft_data::{Targets, TaskBatch};
 use peft_models::{Decoder, Input, Labels, Network, causal_loss, save};
 use tch::{Device, Tensor};
 
-use crate::data::Batch;
+use crate::data::{Batch, Rows};
 use crate::error::{Error, Result};
 
 /// Something that can be trained on batches.
@@ -27,6 +28,11 @@ pub trait Objective {
     /// What the method does besides being stepped, if it does something.
     fn schedule(&self) -> Option<Box<dyn Schedule>> {
         None
+    }
+    /// What it is judged by on held-out rows besides the loss, by name: `accuracy`, `f1`.
+    fn figures(&mut self, held_out: &Rows<'_>) -> Result<BTreeMap<String, f64>> {
+        let _ = held_out;
+        Ok(BTreeMap::new())
     }
     /// Writes what was trained as a folder that can be loaded again.
     fn save(&mut self, dir: &Path) -> Result<()>;
@@ -91,6 +97,9 @@ pub enum Part<'a> {
     },
 }
 
+/// Figures of a model on held-out rows, by name.
+pub type Judge<'a> = &'a dyn Fn(&dyn Network, &Rows<'_>) -> Result<BTreeMap<String, f64>>;
+
 /// A model of any task, of which a part is trained.
 #[allow(missing_debug_implementations)] // a model has none
 pub struct Tuned<'a> {
@@ -98,6 +107,8 @@ pub struct Tuned<'a> {
     pub model: &'a mut dyn Network,
     /// What is trained.
     pub part: Part<'a>,
+    /// What it is judged by besides the loss, if by anything.
+    pub judge: Option<Judge<'a>>,
 }
 
 impl Objective for Tuned<'_> {
@@ -116,6 +127,13 @@ impl Objective for Tuned<'_> {
         match &self.part {
             Part::Adapter { tuner, .. } => tuner.schedule(),
             Part::Base { .. } => None,
+        }
+    }
+
+    fn figures(&mut self, held_out: &Rows<'_>) -> Result<BTreeMap<String, f64>> {
+        match self.judge {
+            Some(judge) => judge(self.model, held_out),
+            None => Ok(BTreeMap::new()),
         }
     }
 

@@ -21,6 +21,7 @@
 //! its number or lies in the checkpoint, so a resumed run gives the same bits as
 //! an unbroken one.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use peft_core::Ctx;
@@ -148,6 +149,9 @@ pub struct Summary {
     pub last_eval: Option<f64>,
     /// The lowest held-out loss.
     pub best: Option<Best>,
+    /// What the held-out rows were judged by at the end besides the loss.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub figures: BTreeMap<String, f64>,
     /// Tokens seen, without padding.
     pub tokens: u64,
     /// Time spent, with evaluations.
@@ -462,12 +466,15 @@ fn judge(
     let mut progress = |done, of| observer.on(&Event::Evaluating { done, of });
     let mut loss = |batch: &Batch| objective.loss(batch, Ctx::EVAL);
     let result = evaluate(&mut loss, rows, size, &mut progress)?;
+    let figures = objective.figures(rows)?;
     now.last_eval = Some(result.loss());
+    now.figures.clone_from(&figures);
     Ok(EvalRecord {
         step: now.step,
         epoch: now.step as f64 / per_epoch as f64,
         eval_loss: result.loss(),
         perplexity: result.perplexity(),
+        figures,
         best: now.step > 0 && now.best.is_none_or(|best| result.loss() < best.eval_loss),
         seconds: started.elapsed().as_secs_f64(),
     })
@@ -520,6 +527,7 @@ impl Progress {
             best: None,
             first_eval: None,
             last_eval: None,
+            figures: BTreeMap::new(),
             last_loss: None,
             not_better: 0,
             plateau: None,
@@ -585,6 +593,7 @@ impl Progress {
             first_eval: self.first_eval,
             last_eval: self.last_eval,
             best: self.best,
+            figures: self.figures,
             tokens: self.tokens,
             seconds: self.seconds,
             peak_memory,

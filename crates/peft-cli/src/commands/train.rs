@@ -7,7 +7,7 @@
 //! Nothing is written before the overview, and `--dry-run` ends there. The loop
 //! is `peft_train::train`; here is only what a person gives and sees.
 
-mod recipe;
+pub(crate) mod recipe;
 pub(crate) mod screen;
 
 use std::collections::BTreeMap;
@@ -40,7 +40,7 @@ use crate::{
     answer::{answers, conversation},
     args::{Compute, Placement, kind_name},
     error::usage,
-    metrics::judge,
+    metrics::{figures, judge},
     sources::{BaseArgs, CLASSES, FULL, PROBLEM, Sources, TASK},
     terminal::{bytes, grouped},
 };
@@ -49,18 +49,11 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// Settings in YAML; flags go before them
-    #[arg(value_name = "CONFIG.yaml")]
-    config: Option<PathBuf>,
-    /// The base: a model folder, a hub id or a .gguf file
-    #[arg(long, value_name = "MODEL")]
-    model: Option<String>,
-    /// What it is to learn: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM, MASKED_LM [default: found out]
-    #[arg(long, value_name = "TASK")]
-    task: Option<String>,
-    /// Rows to train on: .jsonl, .json, .csv, .tsv or .txt; several files may be given
-    #[arg(long, value_name = "FILE", num_args = 1..)]
-    data: Vec<PathBuf>,
+    /// The method: lora, adalora, vera, ia3, bitfit, ln, prefix, prompt, p-tuning, full [default: lora]
+    #[arg(long, value_name = "METHOD", help_heading = "Method")]
+    method: Option<String>,
+    #[command(flatten)]
+    setup: Setup,
     /// The run folder, which must not exist [default: runs/NAME-OF-MODEL]
     #[arg(long, value_name = "RUN")]
     out: Option<PathBuf>,
@@ -73,13 +66,27 @@ pub(crate) struct Args {
     /// Print everything as it would be, and stop
     #[arg(long)]
     dry_run: bool,
+}
+
+/// What decides a run, whatever its method.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Setup {
+    /// Settings in YAML; flags go before them
+    #[arg(value_name = "CONFIG.yaml")]
+    config: Option<PathBuf>,
+    /// The base: a model folder, a hub id or a .gguf file
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// What it is to learn: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM, MASKED_LM [default: found out]
+    #[arg(long, value_name = "TASK")]
+    task: Option<String>,
+    /// Rows to train on: .jsonl, .json, .csv, .tsv or .txt; several files may be given
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    data: Vec<PathBuf>,
     /// Any setting by its name, the value in YAML: --set r=32 --set target_modules=[q_proj,v_proj]
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
 
-    /// The method: lora, adalora, vera, ia3, bitfit, ln, prefix, prompt, p-tuning, full [default: lora]
-    #[arg(long, value_name = "METHOD", help_heading = "Method")]
-    method: Option<String>,
     /// What the method's settings begin with: ours, or those of Python's peft [default: ours]
     #[arg(long, value_name = "WHOSE", help_heading = "Method")]
     defaults: Option<String>,
@@ -186,6 +193,9 @@ Examples:
 /// The name of the adapter in the model.
 const NAME: &str = "default";
 
+/// The key of `run.json` for the number of parameters that were trained.
+pub(crate) const TRAINABLE: &str = "trainable_parameters";
+
 /// Tokens after which a row is cut where nothing is said.
 const USUAL_LENGTH: usize = 1024;
 
@@ -259,6 +269,10 @@ pub(crate) fn run(args: Args) -> Result<()> {
             None
         }
     };
+    let trained = model.trainable(NAME).into_iter().chain(thawed.clone());
+    let trainable: i64 = trained.map(|it| it.tensor.numel() as i64).sum();
+    let mut more = more(task, &sources.head);
+    more.insert(TRAINABLE.into(), trainable.into());
     begin(
         &run,
         &plan,
@@ -266,7 +280,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         &tokenizer,
         tuner.as_deref(),
         place,
-        task,
+        more,
     )?;
     let before = ask("before", &plan, &*model, &tokenizer)?;
 
@@ -283,9 +297,11 @@ pub(crate) fn run(args: Args) -> Result<()> {
             besides: beside(&run),
         },
     };
+    let judge = |model: &dyn Network, held_out: &Rows<'_>| rows.figures(model, held_out, &plan);
     let mut objective = Tuned {
         model: &mut *model,
         part,
+        judge: Some(&judge),
     };
     let result = peft::train::train(
         &mut objective,
@@ -409,40 +425,78 @@ fn beside(run: &Run) -> Vec<PathBuf> {
 impl Args {
     /// Defaults, then the file, then `--set`, then flags.
     fn plan(&self) -> Result<Plan> {
-        let file = match (&self.resume, &self.config) {
-            (Some(run), _) => Some(Run::open(run)?.config()),
-            (None, config) => config.clone(),
-        };
         let mut pairs = Vec::new();
-        if let Some(path) = file {
+        if let Some(run) = &self.resume {
+            let path = Run::open(run)?.config();
             Plan::read(&path)?; // what is wrong in the file is said of the file
             pairs = Plan::pairs(&path)?;
+        }
+        if let Some(path) = self.setup.config() {
+            Plan::read(path)?;
+        }
+        pairs.extend(self.setup.pairs()?);
+        let method = self.method.clone();
+        pairs.extend(method.map(|it| ("method".to_owned(), it.into())));
+        complete(&pairs)
+    }
+
+    fn folder(&self, plan: &Plan) -> PathBuf {
+        let name = name_of_model(&plan.recipe.model);
+        self.out
+            .clone()
+            .unwrap_or_else(|| Path::new("runs").join(name))
+    }
+}
+
+/// The last part of a model's name or path.
+pub(crate) fn name_of_model(model: &str) -> String {
+    let path = Path::new(model);
+    let name = path.file_stem().unwrap_or(path.as_os_str());
+    name.to_string_lossy().into_owned()
+}
+
+/// A plan with a model and data, which is the same wherever it is read.
+pub(crate) fn complete(pairs: &[(String, Value)]) -> Result<Plan> {
+    let mut plan = Plan::of(pairs)?;
+    let recipe = &mut plan.recipe;
+    if recipe.model.is_empty() {
+        return Err(usage("no model: name one with `--model`"));
+    }
+    if recipe.data.is_empty() {
+        return Err(usage("no data: name a file with `--data`"));
+    }
+    // What is found from here must be found from elsewhere, too.
+    let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    if Path::new(&recipe.model).exists() {
+        recipe.model = whole(Path::new(&recipe.model))
+            .to_string_lossy()
+            .into_owned();
+    }
+    recipe.data.iter_mut().for_each(|path| *path = whole(path));
+    if let Validation::Files(files) = &mut recipe.validation {
+        files.iter_mut().for_each(|path| *path = whole(path));
+    }
+    Ok(plan)
+}
+
+impl Setup {
+    /// The file, then `--set`, then flags.
+    pub(crate) fn pairs(&self) -> Result<Vec<(String, Value)>> {
+        let mut pairs = Vec::new();
+        if let Some(path) = &self.config {
+            pairs = Plan::pairs(path)?;
         }
         for text in &self.set {
             pairs.push(Plan::pair(text)?);
         }
         let flags = self.flags()?.into_iter();
         pairs.extend(flags.map(|(key, value)| (key.to_owned(), value)));
-        let mut plan = Plan::of(&pairs)?;
-        let recipe = &mut plan.recipe;
-        if recipe.model.is_empty() {
-            return Err(usage("no model: name one with `--model`"));
-        }
-        if recipe.data.is_empty() {
-            return Err(usage("no data: name a file with `--data`"));
-        }
-        // What is found from here must be found from elsewhere, too.
-        let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        if Path::new(&recipe.model).exists() {
-            recipe.model = whole(Path::new(&recipe.model))
-                .to_string_lossy()
-                .into_owned();
-        }
-        recipe.data.iter_mut().for_each(|path| *path = whole(path));
-        if let Validation::Files(files) = &mut recipe.validation {
-            files.iter_mut().for_each(|path| *path = whole(path));
-        }
-        Ok(plan)
+        Ok(pairs)
+    }
+
+    /// The file of settings.
+    pub(crate) fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
     }
 
     /// The flags that were given, by the names of their settings.
@@ -456,7 +510,6 @@ impl Args {
         add("model", self.model.clone().map(Value::from));
         add("task", self.task.clone().map(Value::from));
         add("data", texts(&self.data));
-        add("method", self.method.clone().map(Value::from));
         add("defaults", self.defaults.clone().map(Value::from));
         add(
             "num_virtual_tokens",
@@ -524,14 +577,6 @@ impl Args {
             );
         }
         Ok((!all.is_empty()).then_some(all.into()))
-    }
-
-    fn folder(&self, plan: &Plan) -> PathBuf {
-        let model = Path::new(&plan.recipe.model);
-        let name = model.file_stem().unwrap_or(model.as_os_str());
-        self.out
-            .clone()
-            .unwrap_or_else(|| Path::new("runs").join(name))
     }
 }
 
@@ -766,6 +811,22 @@ impl Loaded {
             );
         }
         Ok(())
+    }
+
+    /// What a model is judged by at each evaluation besides the loss.
+    fn figures(
+        &self,
+        model: &dyn Network,
+        held_out: &Rows<'_>,
+        plan: &Plan,
+    ) -> peft::train::Result<BTreeMap<String, f64>> {
+        let Kind::Task(all, other) = &self.kind else {
+            return Ok(BTreeMap::new());
+        };
+        let data = other.as_ref().unwrap_or(all);
+        let size = plan.settings.per_device_eval_batch_size;
+        figures(model, data, held_out.indices(), size)
+            .map_err(|error| peft::train::Error::Judge(format!("{error:#}")))
     }
 
     /// What the trained model is worth on what was held out, in figures and, for classes, as a picture.
@@ -1091,7 +1152,7 @@ fn begin(
     tokenizer: &Tokenizer,
     tuner: Option<&dyn Tuner>,
     place: Placement,
-    task: Task,
+    more: serde_json::Map<String, Value>,
 ) -> Result<()> {
     peft::core::files::write_text(&run.config(), &plan.to_yaml()?)?;
     tokenizer.save(run.dir())?;
@@ -1110,7 +1171,7 @@ fn begin(
         method: tuner.map_or(FULL, Tuner::peft_type).to_owned(),
         versions,
         summary: None,
-        more: more(task, &sources.head),
+        more,
     })?)
 }
 

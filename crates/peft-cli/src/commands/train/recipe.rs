@@ -165,6 +165,12 @@ impl Plan {
         Ok(plan)
     }
 
+    /// Whether a setting is one of every method: of the run, or of the loop.
+    pub(crate) fn is_shared(key: &str) -> bool {
+        let own = as_map(&Recipe::default());
+        own.is_ok_and(|it| it.contains_key(key)) || Settings::keys().iter().any(|it| it == key)
+    }
+
     /// Takes the learning rate that fits a new head, where nobody said another.
     pub(crate) fn for_heads(&mut self) -> Result<()> {
         if !self.rate_given && self.recipe.defaults == Defaults::Ours {

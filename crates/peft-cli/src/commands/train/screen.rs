@@ -108,10 +108,13 @@ impl Observer for Screen {
             }
             Event::Eval(it) => {
                 let best = if it.best { "  best so far" } else { "" };
-                let line = format!(
-                    "held-out loss {:.4}, perplexity {:.2}{best}",
-                    it.eval_loss, it.perplexity
-                );
+                let mut figures = it.figures.iter().fold(String::new(), |text, (name, value)| {
+                    format!("{text}, {name} {value:.4}")
+                });
+                if figures.is_empty() {
+                    figures = format!(", perplexity {:.2}", it.perplexity);
+                }
+                let line = format!("held-out loss {:.4}{figures}{best}", it.eval_loss);
                 self.say(&format!(
                     "step {}/{}  {}",
                     it.step,
