@@ -149,45 +149,41 @@ fn models(all: &[PathBuf]) -> Result<String> {
     Ok(table(["`model_type`", "compared with Python on"], rows))
 }
 
-/// Methods (a folder of adapters each), with every setting that the adapters vary.
+/// Methods (a folder of adapters each): on which models, and which settings the adapters vary.
 fn methods(fixtures: &Path) -> Result<String> {
     let mut rows = Vec::new();
-    for method in folders(fixtures)? {
+    let others = fixtures.join("methods");
+    let names = |dir: &Path| -> Result<Vec<PathBuf>> {
+        Ok(folders(dir)?.into_iter().map(|it| dir.join(it)).collect())
+    };
+    for folder in names(fixtures)?.into_iter().chain(names(&others)?) {
         let mut settings: BTreeMap<String, Varied> = BTreeMap::new();
-        for adapter in folders(&fixtures.join(&method))? {
+        let mut models = BTreeSet::new();
+        for adapter in folders(&folder)? {
             let Some((model, _)) = adapter.split_once("__") else {
                 continue;
             };
-            let path = fixtures
-                .join(&method)
-                .join(&adapter)
-                .join("adapter_config.json");
+            let path = folder.join(&adapter).join("adapter_config.json");
             let Ok(text) = fs::read_to_string(&path) else {
                 continue;
             };
             let config: BTreeMap<String, Value> = serde_json::from_str(&text)
                 .with_context(|| format!("at `{}`", paths::short(&path)))?;
-            for (key, value) in config
-                .into_iter()
-                .filter(|(key, _)| !NO_SETTINGS.contains(&key.as_str()))
-            {
-                settings.entry(key).or_default().add(value, model);
+            let config = config.into_iter();
+            for (key, value) in config.filter(|(key, _)| !NO_SETTINGS.contains(&key.as_str())) {
+                settings.entry(key).or_default().add(&value);
             }
+            models.insert(model.to_owned());
         }
-        let varied = settings
-            .into_iter()
-            .filter(|(_, varied)| varied.0.len() > 1);
-        rows.extend(varied.map(|(key, varied)| {
-            [
-                format!("`{method}`"),
-                format!("`{key}`"),
-                varied.values(),
-                joined(varied.models()),
-            ]
-        }));
+        let varied = settings.into_iter().filter(|(_, it)| it.0.len() > 1);
+        let varied: Vec<String> = varied.map(|(key, it)| it.shown(&key)).collect();
+        if let (Some(name), false) = (folder.file_name(), models.is_empty()) {
+            let name = format!("`{}`", name.to_string_lossy());
+            rows.push([name, varied.join(", "), joined(models)]);
+        }
     }
     Ok(table(
-        ["method", "setting", "values", "compared with Python on"],
+        ["method", "settings of which several values", "on the models"],
         rows,
     ))
 }
@@ -195,43 +191,23 @@ fn methods(fixtures: &Path) -> Result<String> {
 /// Keys of every adapter's file that say where it is from, not what it computes.
 const NO_SETTINGS: [&str; 3] = ["base_model_name_or_path", "peft_version", "task_type"];
 
-/// The values that one setting takes, each with the models of its adapters.
+/// The values that one setting takes, as JSON.
 #[derive(Default)]
-struct Varied(BTreeMap<String, Vec<String>>);
+struct Varied(BTreeSet<String>);
 
 impl Varied {
-    fn add(&mut self, value: Value, model: &str) {
-        self.0
-            .entry(value.to_string())
-            .or_default()
-            .push(model.to_owned());
+    fn add(&mut self, value: &Value) {
+        self.0.insert(value.to_string());
     }
 
-    /// `true`, `false`; lists and maps are counted.
-    fn values(&self) -> String {
-        let (long, short): (Vec<&String>, Vec<&String>) = self
-            .0
-            .keys()
-            .partition(|value| value.starts_with(['[', '{']) || value.len() > 24);
-        let mut shown: Vec<String> = short
-            .iter()
-            .map(|value| format!("`{}`", value.trim_matches('"')))
-            .collect();
-        if !long.is_empty() {
-            shown.push(format!("{} lists or maps", long.len()));
+    /// The setting, with its values where they are words.
+    fn shown(&self, key: &str) -> String {
+        let word = |it: &&String| it.starts_with('"') && it.len() < 20 && !it.contains('.');
+        let words: Vec<&str> = self.0.iter().filter(word).map(|it| it.trim_matches('"')).collect();
+        match words.len() {
+            0 | 1 => format!("`{key}`"),
+            _ => format!("`{key}` ({})", words.join(", ")),
         }
-        shown.join(", ")
-    }
-
-    /// The models that have it set to anything but its usual value.
-    fn models(&self) -> BTreeSet<String> {
-        let usual = self
-            .0
-            .iter()
-            .max_by_key(|(_, models)| models.len())
-            .map(|(value, _)| value);
-        let others = self.0.iter().filter(|(value, _)| Some(*value) != usual);
-        others.flat_map(|(_, models)| models).cloned().collect()
     }
 }
 

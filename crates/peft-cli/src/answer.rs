@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result};
 use peft::{
     data::{DecodeStream, Message, RenderOptions, Tokenizer},
-    models::{Decoder, Memory, Sampling, Stop, converse, generate},
+    models::{Decoder, Memory, Sampling, Seq2Seq, Stop, converse, generate, generate_seq2seq},
 };
 
 use crate::error::usage;
@@ -164,9 +164,18 @@ impl Ending {
     }
 }
 
+/// Who writes.
+#[derive(Clone, Copy)]
+pub(crate) enum Writer<'a> {
+    /// A model that goes on with a text.
+    Decoder(&'a dyn Decoder),
+    /// A model that writes a text for a text.
+    Seq2Seq(&'a dyn Seq2Seq),
+}
+
 /// Answers prompts, as ids; each answer is given out whole.
 pub(crate) fn answers(
-    model: &dyn Decoder,
+    writer: Writer<'_>,
     tokenizer: &Tokenizer,
     prompts: &[Vec<u32>],
     sampling: &Sampling,
@@ -177,7 +186,11 @@ pub(crate) fn answers(
         .iter()
         .map(|_| Text::new(tokenizer, stops))
         .collect();
-    let answers = generate(model, prompts, sampling, &mut |row, id| texts[row].take(id))?;
+    let mut each = |row: usize, id| texts[row].take(id);
+    let answers = match writer {
+        Writer::Decoder(model) => generate(model, prompts, sampling, &mut each)?,
+        Writer::Seq2Seq(model) => generate_seq2seq(model, prompts, sampling, &mut each)?,
+    };
     let ended = answers.iter().zip(texts);
     ended
         .map(|(answer, text)| text.reply(answer.stop, begun, &mut |_| Ok(())))

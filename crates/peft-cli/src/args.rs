@@ -1,6 +1,8 @@
 //! Flags that several commands share.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Result, bail};
 use clap::ValueEnum;
 use peft::torch::{cuda, memory};
 use tch::{Device, Kind};
@@ -185,6 +187,17 @@ pub(crate) fn kind_name(kind: Kind) -> &'static str {
         Kind::Double => "fp64",
         _ => "integers",
     }
+}
+
+/// Refuses a folder to write into that holds something.
+pub(crate) fn fresh_folder(dir: &Path) -> Result<()> {
+    if dir.read_dir().is_ok_and(|mut it| it.next().is_some()) || dir.is_file() {
+        bail!(
+            "{}: exists and is not empty; choose another folder",
+            dir.display()
+        );
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    chat, check, compare, completions, data, eval, forward, generate, import, info, merge, train,
+    chat, check, combine, compare, completions, convert, data, eval, forward, generate, import, info, merge, train,
 };
 
 /// Fine-tune language models with few parameters, and use the result.
@@ -57,6 +57,10 @@ enum Command {
     Eval(eval::Args),
     /// Bake the adapter into the base and write a plain model folder
     Merge(merge::Args),
+    /// Make one LoRA of several
+    Combine(combine::Args),
+    /// Turn an adapter of another method into plain LoRA
+    Convert(convert::Args),
     /// Examine an adapter: is it whole, does it fit, who can serve it?
     Check(check::Args),
     /// Describe a model or an adapter
@@ -91,6 +95,8 @@ fn run(cli: Cli) -> Result<()> {
         Command::Chat(args) => chat::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Combine(args) => combine::run(args),
+        Command::Convert(args) => convert::run(args),
         Command::Check(args) => check::run(args),
         Command::Info(args) => info::run(args),
         Command::Data(args) => data::run(args),

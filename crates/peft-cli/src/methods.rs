@@ -132,6 +132,9 @@ pub(crate) const METHODS: &[Method] = &[
 /// The setting of full fine-tuning: which places are trained.
 pub(crate) const TRAIN_MODULES: &str = "train_modules";
 
+/// The setting of prefix tuning that no file has: the text at which it begins.
+pub(crate) const PREFIX_INIT_TEXT: &str = "prefix_init_text";
+
 /// The learning rate of `transformers`, which goes with `defaults: python`.
 pub(crate) const PYTHONS_RATE: f64 = 5e-5;
 
@@ -187,6 +190,9 @@ impl Method {
             "peft_version",
         ] {
             map.shift_remove(key);
+        }
+        if tag == "PREFIX_TUNING" {
+            map.insert(PREFIX_INIT_TEXT.to_owned(), Value::Null);
         }
         Ok(map)
     }

@@ -107,6 +107,24 @@ pub(crate) struct Sources {
     pub(crate) head: HeadOptions,
 }
 
+/// The adapter of a run, or the folder itself, which must hold one.
+pub(crate) fn adapter_folder(path: &Path) -> Result<PathBuf> {
+    let dir = match Run::is_run(path) {
+        true => Run::open(path)?.adapter(),
+        false => path.to_owned(),
+    };
+    if !dir.is_dir() {
+        anyhow::bail!("{}: no such folder", dir.display());
+    }
+    if !dir.join(ADAPTER_CONFIG).exists() {
+        anyhow::bail!(
+            "{}: no `{ADAPTER_CONFIG}` in this folder, so it holds no adapter",
+            dir.display()
+        );
+    }
+    Ok(dir)
+}
+
 impl SourceArgs {
     /// Finds everything; nothing is loaded yet.
     pub(crate) fn find(&self) -> Result<Sources> {

@@ -85,36 +85,36 @@ impl PromptSlot {
         ctx.rows.is_none() && self.adapters.active().next().is_some()
     }
 
+    /// What stands in front, each method computed once: [`PromptSlot::embeds`] and [`PromptSlot::kv`].
+    pub fn ahead(&self, ctx: Ctx) -> (Option<Tensor>, Option<Vec<(Tensor, Tensor)>>) {
+        let (mut embeds, mut kv) = (Vec::new(), None::<Vec<(Tensor, Tensor)>>);
+        let join = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 1);
+        for adapter in self.adapters.active().filter(|_| ctx.rows.is_none()) {
+            match adapter.ahead(ctx) {
+                Ahead::Embeds(tokens) => embeds.push(tokens),
+                Ahead::Kv(layers) => {
+                    kv = Some(match kv {
+                        None => layers,
+                        Some(first) => {
+                            let both = first.iter().zip(&layers);
+                            both.map(|(a, b)| (join(&a.0, &b.0), join(&a.1, &b.1)))
+                                .collect()
+                        }
+                    });
+                }
+            }
+        }
+        ((!embeds.is_empty()).then(|| Tensor::cat(&embeds, 0)), kv)
+    }
+
     /// Embeddings to be put before those of the input `[tokens, hidden]`, in the adapters' own dtype.
     pub fn embeds(&self, ctx: Ctx) -> Option<Tensor> {
-        let all: Vec<Tensor> = self
-            .ahead(ctx)
-            .filter_map(|it| match it {
-                Ahead::Embeds(tokens) => Some(tokens),
-                Ahead::Kv(_) => None,
-            })
-            .collect();
-        (!all.is_empty()).then(|| Tensor::cat(&all, 0))
+        self.ahead(ctx).0
     }
 
     /// Keys and values to be put before those of each layer, each `[kv_heads, tokens, head_dim]`.
     pub fn kv(&self, ctx: Ctx) -> Option<Vec<(Tensor, Tensor)>> {
-        self.ahead(ctx)
-            .filter_map(|it| match it {
-                Ahead::Kv(layers) => Some(layers),
-                Ahead::Embeds(_) => None,
-            })
-            .reduce(|first, second| {
-                let join = |a: &Tensor, b: &Tensor| Tensor::cat(&[a, b], 1);
-                let both = first.iter().zip(&second);
-                both.map(|(a, b)| (join(&a.0, &b.0), join(&a.1, &b.1)))
-                    .collect()
-            })
-    }
-
-    fn ahead<'a>(&'a self, ctx: Ctx<'a>) -> impl Iterator<Item = Ahead> + 'a {
-        let active = self.adapters.active().filter(move |_| ctx.rows.is_none());
-        active.map(move |it| it.ahead(ctx))
+        self.ahead(ctx).1
     }
 }
 

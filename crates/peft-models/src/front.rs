@@ -99,13 +99,11 @@ impl Front {
             None => (0, 0, false),
         };
         let begins = seen == 0 && slot.is_active(ctx);
-        let embeds = if begins && pass.embeds {
-            slot.embeds(ctx)
-        } else {
-            None
+        let (embeds, kv) = match begins {
+            true => slot.ahead(ctx),
+            false => (None, None),
         };
-        let kv = if begins { slot.kv(ctx) } else { None };
-        let embeds = embeds.map(|it| it.to_kind(kind));
+        let embeds = embeds.filter(|_| pass.embeds).map(|it| it.to_kind(kind));
         let kv: Option<Vec<(Tensor, Tensor)>> = kv.map(|layers| {
             let cast = |(k, v): (Tensor, Tensor)| (k.to_kind(kind), v.to_kind(kind));
             layers.into_iter().map(cast).collect()

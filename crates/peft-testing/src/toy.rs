@@ -111,7 +111,8 @@ impl Toy {
         let (batch, seq) = (ids.size()[0], ids.size()[1]);
         let mut h = self.embed.forward(ids, ctx);
         let mut mask = mask.to_kind(Kind::Bool);
-        if let Some(ahead) = self.prompt.embeds(ctx) {
+        let (embeds, kv) = self.prompt.ahead(ctx);
+        if let Some(ahead) = embeds {
             let tokens = ahead.size()[0];
             h = Tensor::cat(&[ahead.expand([batch, -1, -1], false), h], 1); // [batch, tokens + seq, hidden]
             mask = Tensor::cat(
@@ -122,7 +123,7 @@ impl Toy {
                 1,
             );
         }
-        let ahead = self.prompt.kv(ctx).unwrap_or_default();
+        let ahead = kv.unwrap_or_default();
         let h = self.looks[0].forward(&h, &mask, ahead.first());
         let up = self.q.forward(&self.norms[0].forward(&h, ctx), ctx).tanh();
         let h = h + self.k.forward(&up, ctx);

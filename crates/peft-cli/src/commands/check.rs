@@ -25,7 +25,7 @@ use tch::{Kind, Tensor};
 
 use crate::{
     args::kind_name,
-    sources::base_of,
+    sources::{adapter_folder, base_of},
     terminal::{bytes, grouped},
 };
 
@@ -42,19 +42,7 @@ pub(crate) struct Args {
 
 /// Examines and reports.
 pub(crate) fn run(args: Args) -> Result<()> {
-    let dir = match Run::is_run(&args.adapter) {
-        true => Run::open(&args.adapter)?.adapter(),
-        false => args.adapter.clone(),
-    };
-    if !dir.is_dir() {
-        bail!("{}: no such folder", dir.display());
-    }
-    if !dir.join("adapter_config.json").exists() {
-        bail!(
-            "{}: no `adapter_config.json` in this folder, so it holds no adapter",
-            dir.display()
-        );
-    }
+    let dir = adapter_folder(&args.adapter)?;
     let mut report = Report::default();
     examine(&mut report, &args, &dir);
     println!("{}\n{}", dir.display(), report.table().trim_fmt());

@@ -289,7 +289,9 @@ fn entry(value: &Value) -> Result<Entry> {
                     "setting `{LIST}`: {value} does not say its `method`"
                 ))
             })?;
-            let own = map.iter().filter(|(key, _)| *key != "method" && *key != "name");
+            let own = map
+                .iter()
+                .filter(|(key, _)| *key != "method" && *key != "name");
             let own = own.map(|(key, value)| (key.clone(), value.clone()));
             (method.to_owned(), own.collect())
         }
@@ -382,9 +384,7 @@ fn rehearse(candidate: &Candidate, dir: &Path) -> Result<Rehearsal> {
         let trainable = trainable.split(" || ").next().unwrap_or_default();
         let takes = of("takes");
         let takes = takes.split(" · ").next().unwrap_or_default();
-        return Ok(Rehearsal::Fits(format!(
-            "{trainable} parameters · {takes}"
-        )));
+        return Ok(Rehearsal::Fits(format!("{trainable} parameters · {takes}")));
     }
     let why = reason(&errors);
     match output.status.code() {
@@ -516,7 +516,11 @@ fn weights(dir: &Path) -> Result<u64> {
     let mut total = 0;
     for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
         let entry = entry?;
-        if entry.path().extension().is_some_and(|it| it == "safetensors") {
+        if entry
+            .path()
+            .extension()
+            .is_some_and(|it| it == "safetensors")
+        {
             total += entry.metadata()?.len();
         }
     }
@@ -563,7 +567,13 @@ impl Comparison {
     fn report(&self, dir: &Path) -> Result<()> {
         let figures = self.figures();
         let mut head: Vec<String> = [
-            "method", "trained", "saved", "memory", "step", "loss", "best loss",
+            "method",
+            "trained",
+            "saved",
+            "memory",
+            "step",
+            "loss",
+            "best loss",
         ]
         .map(str::to_owned)
         .to_vec();

@@ -13,12 +13,12 @@ use console::style;
 use peft::{
     core::ModelExt,
     data::{Message, Tokenizer},
-    models::Memory,
+    models::{Memory, Sampling, Task},
 };
 use serde::Deserialize;
 
 use crate::{
-    answer::{Reply, SamplingArgs, Speaker, answers, conversation, stream},
+    answer::{Reply, SamplingArgs, Speaker, Writer, answers, conversation, stream},
     args::Compute,
     error::usage,
     sources::SourceArgs,
@@ -72,12 +72,33 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let prompts = args.all_prompts()?;
     let sources = args.source.find()?;
     let tokenizer = sources.tokenizer()?;
+    let sampling = args.sampling.settings(&tokenizer, 0.0)?;
+    let place = args.compute.place()?;
+    let batches = Batches {
+        tokenizer: &tokenizer,
+        sampling: &sampling,
+        stops: &stops,
+        prompts: &prompts,
+        size: args.batch_size.into(),
+        json: args.json,
+    };
+    if sources.task(None)? == Task::Seq2SeqLm {
+        let ids = prompts
+            .iter()
+            .map(|it| it.source(&tokenizer, args.system.as_deref()))
+            .collect::<Result<Vec<_>>>()?;
+        let mut model = sources.load_task(Task::Seq2SeqLm, place)?;
+        if args.merged {
+            model.merge()?;
+        }
+        let model = model.seq2seq().context("the model writes no texts")?;
+        return batches.answer(Writer::Seq2Seq(model), &ids);
+    }
     let ids: Vec<Vec<u32>> = prompts
         .iter()
         .map(|it| it.ids(&tokenizer, args.system.as_deref(), args.raw))
         .collect::<Result<_>>()?;
-    let sampling = args.sampling.settings(&tokenizer, 0.0)?;
-    let mut model = sources.load_at(args.compute.place()?)?;
+    let mut model = sources.load_at(place)?;
     if args.merged {
         model.merge()?;
     }
@@ -97,23 +118,38 @@ pub(crate) fn run(args: Args) -> Result<()> {
         figures(&[reply]);
         return Ok(());
     }
-    let mut all = Vec::new();
-    for (prompts, ids) in prompts
-        .chunks(args.batch_size.into())
-        .zip(ids.chunks(args.batch_size.into()))
-    {
-        let replies = answers(&*model, &tokenizer, ids, &sampling, &stops)
-            .with_context(|| format!("prompts from {}", prompts[0].place))?;
-        for (prompt, reply) in prompts.iter().zip(&replies) {
-            match args.json {
-                true => say(&prompt.json(reply))?,
-                false => say(&prompt.shown(reply))?,
+    batches.answer(Writer::Decoder(&*model), &ids)
+}
+
+/// Prompts that are answered some at a time.
+struct Batches<'a> {
+    tokenizer: &'a Tokenizer,
+    sampling: &'a Sampling,
+    stops: &'a [String],
+    prompts: &'a [Prompt],
+    size: usize,
+    json: bool,
+}
+
+impl Batches<'_> {
+    /// Answers and prints; the ids are those of the prompts.
+    fn answer(&self, writer: Writer<'_>, ids: &[Vec<u32>]) -> Result<()> {
+        let mut all = Vec::new();
+        for (prompts, ids) in self.prompts.chunks(self.size).zip(ids.chunks(self.size)) {
+            let replies = answers(writer, self.tokenizer, ids, self.sampling, self.stops)
+                .with_context(|| format!("prompts from {}", prompts[0].place))?;
+            for (prompt, reply) in prompts.iter().zip(&replies) {
+                match (self.json, self.prompts.len()) {
+                    (true, _) => say(&prompt.json(reply))?,
+                    (false, 1) => say(&format!("{}\n", reply.text))?,
+                    (false, _) => say(&prompt.shown(reply))?,
+                }
             }
+            all.extend(replies);
         }
-        all.extend(replies);
+        figures(&all);
+        Ok(())
     }
-    figures(&all);
-    Ok(())
 }
 
 /// One prompt, and where it came from.
@@ -160,6 +196,20 @@ impl Prompt {
             ),
         };
         ids.with_context(|| self.place.clone())
+    }
+
+    /// The ids of a text that a text is written for.
+    fn source(&self, tokenizer: &Tokenizer, system: Option<&str>) -> Result<Vec<u32>> {
+        match (&self.what, system) {
+            (_, Some(_)) => Err(usage(
+                "`--system` is for models that one talks to; this one writes a text for a text",
+            )),
+            (Asked::Messages { .. }, _) => Err(usage(format!(
+                "{}: `messages` are for models that one talks to; this one writes a text for a text: give a `prompt`",
+                self.place
+            ))),
+            (Asked::Prompt { prompt }, None) => Ok(tokenizer.encode(prompt, true)?),
+        }
     }
 
     /// The prompt for people: the last thing that was said.

@@ -66,7 +66,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
     describe(&source, &mut *model);
     match tuner {
         None => usual(&mut *model),
-        Some(tuner) => one(&mut *model, &*tuner),
+        Some(Some(tuner)) => one(tuner.peft_type(), &counted(&mut *model, &*tuner)?),
+        Some(None) => one("full fine-tuning", &Count::whole(&mut *model)),
     }
 }
 
@@ -153,7 +154,11 @@ fn usual(model: &mut dyn Network) -> Result<()> {
         let Ok(tuner) = configured(method.name, &[]) else {
             continue;
         };
-        if let Ok(counted) = counted(model, &*tuner) {
+        let counted = match tuner {
+            Some(tuner) => counted(model, &*tuner),
+            None => Ok(Count::whole(model)),
+        };
+        if let Ok(counted) = counted {
             let mut row = vec![method.title.to_owned(), "usual for this type".to_owned()];
             row.extend(counted.cells());
             table.add_row(row);
@@ -163,13 +168,16 @@ fn usual(model: &mut dyn Network) -> Result<()> {
     Ok(())
 }
 
-/// A method by name, with settings.
-fn configured(method: &str, sets: &[String]) -> Result<Box<dyn Tuner>> {
+/// A method by name, with settings; `None`: full fine-tuning.
+fn configured(method: &str, sets: &[String]) -> Result<Option<Box<dyn Tuner>>> {
     let method = Method::named(method)?;
     let Some(tag) = method.peft_type else {
-        return Err(usage(
-            "full fine-tuning trains every parameter of the model; the figure is above",
-        ));
+        return match sets {
+            [] => Ok(None),
+            [set, ..] => Err(usage(format!(
+                "`--set {set}`: of full fine-tuning the whole is counted here; `peft train --dry-run` counts a part"
+            ))),
+        };
     };
     let mut settings = method.ours();
     settings.insert("peft_type".to_owned(), tag.into());
@@ -183,15 +191,16 @@ fn configured(method: &str, sets: &[String]) -> Result<Box<dyn Tuner>> {
     if method.keys()?.contains_key("total_step") {
         settings.entry("total_step").or_insert_with(|| 1000.into());
     }
-    peft::builtin()
+    let tuner = peft::builtin()
         .parse(Value::Object(settings))
-        .map_err(usage)
+        .map_err(usage)?;
+    Ok(Some(tuner))
 }
 
 /// One method with given settings.
-fn one(model: &mut dyn Network, tuner: &dyn Tuner) -> Result<()> {
-    let [trainable, part, file, optimiser] = counted(model, tuner)?.cells();
-    line("method", tuner.peft_type());
+fn one(method: &str, count: &Count) -> Result<()> {
+    let [trainable, part, file, optimiser] = count.cells();
+    line("method", method);
     line("trainable", format!("{trainable} ({part})"));
     line("file", file);
     line("optimiser", optimiser);
@@ -231,6 +240,15 @@ fn counted(model: &mut dyn Network, tuner: &dyn Tuner) -> Result<Count> {
 }
 
 impl Count {
+    /// Of full fine-tuning.
+    fn whole(model: &mut dyn Network) -> Count {
+        let all = parameters(model);
+        Count {
+            trainable: all,
+            all,
+        }
+    }
+
     /// Trainable, their part, the size of the file in fp32, and of gradients and moments while training.
     fn cells(&self) -> [String; 4] {
         let n = self.trainable.unsigned_abs();

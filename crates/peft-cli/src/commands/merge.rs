@@ -14,7 +14,7 @@ use peft::{
 use tch::{Kind, Tensor};
 
 use crate::{
-    args::{DtypeChoice, kind_name},
+    args::{DtypeChoice, fresh_folder, kind_name},
     error::usage,
     sources::{SourceArgs, Sources},
     terminal::{bytes, grouped},
@@ -35,12 +35,7 @@ pub(crate) struct Args {
 
 /// Merges and writes.
 pub(crate) fn run(args: Args) -> Result<()> {
-    if args.out.read_dir().is_ok_and(|mut it| it.next().is_some()) || args.out.is_file() {
-        bail!(
-            "{}: exists and is not empty; choose another folder",
-            args.out.display()
-        );
-    }
+    fresh_folder(&args.out)?;
     let sources = args.source.find()?;
     if sources.adapters.is_empty() {
         return Err(usage(

@@ -2,8 +2,10 @@
 
 pub(crate) mod chat;
 pub(crate) mod check;
+pub(crate) mod combine;
 pub(crate) mod compare;
 pub(crate) mod completions;
+pub(crate) mod convert;
 pub(crate) mod data;
 pub(crate) mod eval;
 pub(crate) mod forward;

@@ -21,7 +21,7 @@ use clap::Parser;
 use console::style;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{
-    Ctx, ModelExt, Sampling, Tokenizer, Tuner,
+    Ctx, ModelExt, Sampling, Tokenizer, Tuner, begin_prefix_at,
     core::Param,
     data::{
         Columns, Dataset, Format, Message, Options, Pass, TaskDataset, TaskOptions, detect_task,
@@ -37,7 +37,7 @@ use tch::Device;
 use self::recipe::{Plan, Validation};
 use self::screen::{Screen, duration, paint, row};
 use crate::{
-    answer::{answers, conversation},
+    answer::{Writer, answers, conversation},
     args::{Compute, Placement, kind_name},
     error::usage,
     metrics::{figures, judge},
@@ -231,7 +231,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
     tch::manual_seed(plan.settings.seed as i64); // the values that the adapter begins with
     let mut thawed = Vec::new();
     match &tuner {
-        Some(tuner) => model.inject(NAME, &**tuner).map_err(of_method)?,
+        Some(tuner) => {
+            model.inject(NAME, &**tuner).map_err(of_method)?;
+            if let Some(ids) = plan.prefix_text(&tokenizer)? {
+                begin_prefix_at(&mut *model, NAME, &ids).map_err(usage)?;
+            }
+        }
         None => {
             thawed = model
                 .thaw(plan.train_modules()?.as_ref())
@@ -1242,7 +1247,7 @@ fn ask(when: &str, plan: &Plan, model: &dyn Network, tokenizer: &Tokenizer) -> R
         ..Sampling::default()
     };
     println!("\n{}", style(format!("Answers {when} training")).bold());
-    let replies = answers(model, tokenizer, &prompts, &sampling, &[])?;
+    let replies = answers(Writer::Decoder(model), tokenizer, &prompts, &sampling, &[])?;
     for (question, reply) in questions.iter().zip(&replies) {
         println!("  {} {question}", style(">").dim());
         reply

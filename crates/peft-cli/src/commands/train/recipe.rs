@@ -28,7 +28,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     error::usage,
-    methods::{METHODS, Method, PYTHONS_RATE, TRAIN_MODULES},
+    methods::{METHODS, Method, PREFIX_INIT_TEXT, PYTHONS_RATE, TRAIN_MODULES},
 };
 
 /// The decisions about a run, but for the loop's.
@@ -325,6 +325,10 @@ impl Plan {
             "base_model_name_or_path".into(),
             self.recipe.model.as_str().into(),
         );
+        json.shift_remove(PREFIX_INIT_TEXT);
+        if json.get("label_words").is_some_and(|it| !it.is_null()) {
+            return self.begin_at_labels(json, tokenizer).map(Some);
+        }
         if json.get("prompt_tuning_init").and_then(Value::as_str) == Some("TEXT") {
             return self.begin_at_text(json, tokenizer).map(Some);
         }
@@ -350,6 +354,45 @@ impl Plan {
         let ids = tokenizer.encode(&text, true)?; // as Python, with the tokenizer's own special tokens
         let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
         Ok(Box::new(config.with_text(&text, &named, &ids)))
+    }
+
+    /// Prompt tuning that begins at the words of the classes.
+    fn begin_at_labels(
+        &self,
+        mut json: Map<String, Value>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Box<dyn Tuner>> {
+        let given = json.shift_remove("label_words").unwrap_or_default();
+        let words: Vec<String> = serde_json::from_value(given.clone())
+            .ok()
+            .filter(|it: &Vec<String>| !it.is_empty())
+            .ok_or_else(|| usage(format!("setting `label_words`: {given} is no list of words")))?;
+        json.insert("prompt_tuning_init".into(), "RANDOM".into());
+        let config: PromptConfig = parse(Value::Object(json)).map_err(usage)?;
+        let mut labels = Vec::new();
+        for word in &words {
+            let ids = tokenizer.encode(word, false)?;
+            let ids: Vec<i64> = ids.into_iter().map(i64::from).collect();
+            if ids.is_empty() {
+                return Err(usage(format!(
+                    "setting `label_words`: {word:?} has no tokens"
+                )));
+            }
+            labels.push((word.as_str(), ids));
+        }
+        let labels: Vec<(&str, &[i64])> = labels.iter().map(|it| (it.0, &it.1[..])).collect();
+        Ok(Box::new(config.with_labels(&labels)))
+    }
+
+    /// The tokens of the text at which a prefix is to begin.
+    pub(crate) fn prefix_text(&self, tokenizer: &Tokenizer) -> Result<Option<Vec<u32>>> {
+        match self.recipe.options.get(PREFIX_INIT_TEXT) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) => Ok(Some(tokenizer.encode(text, true)?)),
+            Some(other) => Err(usage(format!(
+                "setting `{PREFIX_INIT_TEXT}`: {other} is no text"
+            ))),
+        }
     }
 
     /// What full fine-tuning trains; `None`: everything.
