@@ -183,7 +183,11 @@ fn methods(fixtures: &Path) -> Result<String> {
         }
     }
     Ok(table(
-        ["method", "settings of which several values", "on the models"],
+        [
+            "method",
+            "settings of which several values",
+            "on the models",
+        ],
         rows,
     ))
 }
@@ -203,7 +207,12 @@ impl Varied {
     /// The setting, with its values where they are words.
     fn shown(&self, key: &str) -> String {
         let word = |it: &&String| it.starts_with('"') && it.len() < 20 && !it.contains('.');
-        let words: Vec<&str> = self.0.iter().filter(word).map(|it| it.trim_matches('"')).collect();
+        let words: Vec<&str> = self
+            .0
+            .iter()
+            .filter(word)
+            .map(|it| it.trim_matches('"'))
+            .collect();
         match words.len() {
             0 | 1 => format!("`{key}`"),
             _ => format!("`{key}` ({})", words.join(", ")),

@@ -21,7 +21,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    chat, check, combine, compare, completions, convert, data, eval, forward, generate, import, info, merge, train,
+    chat, check, combine, compare, completions, convert, data, eval, forward, generate, import,
+    info, merge, train,
 };
 
 /// Fine-tune language models with few parameters, and use the result.

@@ -86,12 +86,7 @@ pub(crate) fn figures(
 }
 
 /// Everything but the loss.
-fn answers(
-    model: &dyn Network,
-    data: &TaskDataset,
-    rows: &[usize],
-    size: usize,
-) -> Result<Judged> {
+fn answers(model: &dyn Network, data: &TaskDataset, rows: &[usize], size: usize) -> Result<Judged> {
     let mut judged = Judged {
         loss: Evaluation::default(),
         figures: Map::new(),

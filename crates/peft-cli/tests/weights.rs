@@ -80,7 +80,7 @@ fn a_dora_becomes_a_lora() {
         "convert",
         &typed(&from),
         "--rank",
-        "512",
+        "24",
         "--out",
         &typed(&whole),
     ])
@@ -139,8 +139,12 @@ fn what_cannot_be_combined_or_converted_is_refused_and_leaves_nothing() {
             2,
             vec!["total"],
         ),
-        (vec![&*lora, &*other], 1, vec!["base"]),
-        (vec![&*lora, &*dora], 1, vec!["DoRA"]),
+        (
+            vec![&*lora, &*other],
+            2,
+            vec!["gpt2", "llama", "--same-base"],
+        ),
+        (vec![&*lora, &*dora], 1, vec!["use_dora", "convert it"]),
         (vec![&*lora, "fixtures"], 1, vec!["adapter_config.json"]),
     ] {
         combine(&more).fails(code, &words);

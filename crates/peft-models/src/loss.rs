@@ -13,6 +13,8 @@
 //! dW = Σ chunks (softmax(z) − onehot(y))ᵀ rows. A head with an adapter needs its scores in the backward pass; then
 //! libtorch differentiates, chunk by chunk.
 
+use std::sync::Mutex;
+
 use peft_core::{Ctx, Error, Linear, Result};
 use peft_torch::{Function, apply, cross_entropy_, linear, vjp};
 use tch::{Kind, Reduction, TchError, Tensor};
@@ -140,13 +142,17 @@ fn trained_head_loss(weight: &Tensor, rows: &Tensor, targets: &Tensor) -> Tensor
             });
         }
         let of_rows = wanted.then(|| Tensor::cat(&of_rows, 0));
-        ([sum], TrainedHeadLoss(of_rows, of_weight))
+        (
+            [sum],
+            TrainedHeadLoss(Mutex::new(Some([of_rows, of_weight]))),
+        )
     });
     loss
 }
 
-/// Holds the gradients of the sum with respect to the rows and the weight.
-struct TrainedHeadLoss(Option<Tensor>, Option<Tensor>);
+/// Holds the gradients of the sum with respect to the rows and the weight until they are given away: the second is as large as
+/// the head, and a copy of it would be the peak of a step.
+struct TrainedHeadLoss(Mutex<Option<[Option<Tensor>; 2]>>);
 
 impl Function for TrainedHeadLoss {
     fn backward(
@@ -157,11 +163,13 @@ impl Function for TrainedHeadLoss {
         let Some(g) = &grads[0] else {
             return Ok(vec![None, None]);
         };
-        let scaled = |t: &Tensor| t * g.to_kind(t.kind());
-        Ok(vec![
-            self.0.as_ref().map(scaled),
-            self.1.as_ref().map(scaled),
-        ])
+        let held = self.0.lock().map_or(None, |mut it| it.take());
+        let Some(all) = held else {
+            let why = "a second backward pass through the loss of a trained head, whose gradients are given away";
+            return Err(TchError::Torch(why.to_owned()));
+        };
+        let scaled = |mut t: Tensor| t.g_mul_(&g.to_kind(t.kind()));
+        Ok(all.map(|it| it.map(scaled)).into())
     }
 }
 

@@ -18,7 +18,6 @@ use peft::{
     core::{Adapter, ModelExt, State, files, tensors},
     data::Tokenizer,
     models::{Decoder, OpenOptions, Source, open_source},
-    train::Run,
 };
 use serde_json::Value;
 use tch::{Kind, Tensor};

@@ -15,7 +15,7 @@ use peft::{
 use crate::{
     args::fresh_folder,
     error::usage,
-    sources::adapter_folder,
+    sources::{adapter_folder, base_of},
     terminal::{bytes, grouped},
 };
 
@@ -56,6 +56,9 @@ pub(crate) struct Args {
     /// Whose mathematics: exact, peft (as Python's 0.21 computes it), or peft-0.20
     #[arg(long, value_name = "WHOSE", default_value = "exact")]
     rules: String,
+    /// The adapters name their base differently, and it is the same one
+    #[arg(long)]
+    same_base: bool,
     /// The adapter folder to write; it must be empty or not exist
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -86,12 +89,21 @@ pub(crate) fn run(args: Args) -> Result<()> {
         return Err(usage(format!("`--weights`: {bad} is no weight")));
     }
     let registry = peft::builtin();
-    let mut parts = Vec::new();
+    let (mut parts, mut bases) = (Vec::new(), Vec::new());
     for path in &args.adapters {
         let dir = adapter_folder(path)?;
+        let base = base_of(&dir).ok();
+        bases.extend(base.map(|it| (it, dir.clone())));
         let adapter = Adapter::load(&dir, &registry)
             .with_context(|| format!("adapter `{}`", dir.display()))?;
         parts.push(adapter);
+    }
+    if let Some(((first, of), (other, but))) = different(&bases).filter(|_| !args.same_base) {
+        return Err(usage(format!(
+            "`{}` is for the base `{first}`, `{}` for `{other}`; if these are the same, say `--same-base`",
+            of.display(),
+            but.display()
+        )));
     }
     let weighted: Vec<(&Adapter, f64)> = parts.iter().zip(weights).collect();
     let both = combine(&weighted, &how)?;
@@ -112,6 +124,17 @@ pub(crate) fn run(args: Args) -> Result<()> {
     );
     println!("\nNext:\n  peft check {}", args.out.display());
     Ok(())
+}
+
+/// An adapter's base as it names it, and its folder.
+type Based = (String, PathBuf);
+
+/// Two adapters that name different bases.
+fn different(bases: &[Based]) -> Option<(&Based, &Based)> {
+    let place = |name: &str| std::fs::canonicalize(name).unwrap_or_else(|_| name.into());
+    let first = bases.first()?;
+    let other = bases.iter().find(|it| place(&it.0) != place(&first.0))?;
+    Some((first, other))
 }
 
 impl Args {

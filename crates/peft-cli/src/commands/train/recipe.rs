@@ -366,7 +366,11 @@ impl Plan {
         let words: Vec<String> = serde_json::from_value(given.clone())
             .ok()
             .filter(|it: &Vec<String>| !it.is_empty())
-            .ok_or_else(|| usage(format!("setting `label_words`: {given} is no list of words")))?;
+            .ok_or_else(|| {
+                usage(format!(
+                    "setting `label_words`: {given} is no list of words"
+                ))
+            })?;
         json.insert("prompt_tuning_init".into(), "RANDOM".into());
         let config: PromptConfig = parse(Value::Object(json)).map_err(usage)?;
         let mut labels = Vec::new();

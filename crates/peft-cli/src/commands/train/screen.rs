@@ -108,9 +108,12 @@ impl Observer for Screen {
             }
             Event::Eval(it) => {
                 let best = if it.best { "  best so far" } else { "" };
-                let mut figures = it.figures.iter().fold(String::new(), |text, (name, value)| {
-                    format!("{text}, {name} {value:.4}")
-                });
+                let mut figures = it
+                    .figures
+                    .iter()
+                    .fold(String::new(), |text, (name, value)| {
+                        format!("{text}, {name} {value:.4}")
+                    });
                 if figures.is_empty() {
                     figures = format!(", perplexity {:.2}", it.perplexity);
                 }
