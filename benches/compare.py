@@ -212,7 +212,8 @@ class Bench:
             return
         file = self.folder / "adapter"
         adapter_of(model, file)
-        runs = self.rounds("load", ["load", "--model", str(model), "--file", str(file), "--adapters", "100"], self.args.rounds)
+        # Python takes minutes; its allocator and its products hardly matter here.
+        runs = self.rounds("load", ["load", "--model", str(model), "--file", str(file), "--adapters", "100"], self.args.rounds, tuned=False)
         self.row("load 100 adapters of rank 8", lambda it: [s for r in it for s in r["samples"]], runs)
         self.row("their memory", lambda it: [r["bytes"] / 2**20 for r in it], runs, unit="MiB")
 

@@ -431,9 +431,12 @@ fn train(candidate: &Candidate, run: &Run, stop: &AtomicBool) -> Result<bool> {
     }
     bar.enable_steady_tick(Duration::from_millis(120));
     let output = child.stdout.take().context("what the run says")?;
+    let mut answers = false; // to the questions of `--prompt`
     for line in BufReader::new(output).lines() {
         let line = line.context("what the run says")?;
-        if line.starts_with("step ") && line.contains("held-out") {
+        answers = line.starts_with("Answers ") || answers && !line.is_empty();
+        let evaluated = line.starts_with("step ") && line.contains("held-out");
+        if answers || evaluated {
             bar.suspend(|| println!("  {line}"));
         } else if line.starts_with("step ") {
             bar.set_message(line);
