@@ -43,7 +43,7 @@ fn kernels(args: &Args) -> Result<()> {
 
 fn beside_python(args: &Args) -> Result<()> {
     let python = python::ensure()?;
-    run::run(&mut run::cargo(&["build", "--package", "benches"]))?;
+    run::run(&mut run::build("jobs"))?;
     let mut compare = Command::new(python);
     compare.current_dir(paths::root()).arg("benches/compare.py");
     if args.quick {

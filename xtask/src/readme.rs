@@ -151,37 +151,35 @@ fn models(all: &[PathBuf]) -> Result<String> {
 
 /// Methods (a folder of adapters each): on which models, and which settings the adapters vary.
 fn methods(fixtures: &Path) -> Result<String> {
-    let mut rows = Vec::new();
-    let others = fixtures.join("methods");
-    let names = |dir: &Path| -> Result<Vec<PathBuf>> {
-        Ok(folders(dir)?.into_iter().map(|it| dir.join(it)).collect())
-    };
-    for folder in names(fixtures)?.into_iter().chain(names(&others)?) {
-        let mut settings: BTreeMap<String, Varied> = BTreeMap::new();
-        let mut models = BTreeSet::new();
-        for adapter in folders(&folder)? {
-            let Some((model, _)) = adapter.split_once("__") else {
-                continue;
-            };
-            let path = folder.join(&adapter).join("adapter_config.json");
-            let Ok(text) = fs::read_to_string(&path) else {
-                continue;
-            };
-            let config: BTreeMap<String, Value> = serde_json::from_str(&text)
-                .with_context(|| format!("at `{}`", paths::short(&path)))?;
-            let config = config.into_iter();
-            for (key, value) in config.filter(|(key, _)| !NO_SETTINGS.contains(&key.as_str())) {
-                settings.entry(key).or_default().add(&value);
+    type Seen = (BTreeMap<String, Varied>, BTreeSet<String>);
+    let mut methods: BTreeMap<String, Seen> = BTreeMap::new();
+    for parent in [fixtures.to_owned(), fixtures.join("methods")] {
+        for method in folders(&parent)? {
+            let folder = parent.join(&method);
+            for adapter in folders(&folder)? {
+                let Some((model, _)) = adapter.split_once("__") else {
+                    continue;
+                };
+                let path = folder.join(&adapter).join("adapter_config.json");
+                let Ok(text) = fs::read_to_string(&path) else {
+                    continue;
+                };
+                let config: BTreeMap<String, Value> = serde_json::from_str(&text)
+                    .with_context(|| format!("at `{}`", paths::short(&path)))?;
+                let (settings, models) = methods.entry(method.clone()).or_default();
+                let config = config.into_iter();
+                for (key, value) in config.filter(|(key, _)| !NO_SETTINGS.contains(&key.as_str())) {
+                    settings.entry(key).or_default().add(&value);
+                }
+                models.insert(model.to_owned());
             }
-            models.insert(model.to_owned());
-        }
-        let varied = settings.into_iter().filter(|(_, it)| it.0.len() > 1);
-        let varied: Vec<String> = varied.map(|(key, it)| it.shown(&key)).collect();
-        if let (Some(name), false) = (folder.file_name(), models.is_empty()) {
-            let name = format!("`{}`", name.to_string_lossy());
-            rows.push([name, varied.join(", "), joined(models)]);
         }
     }
+    let rows = methods.into_iter().map(|(name, (settings, models))| {
+        let varied = settings.into_iter().filter(|(_, it)| it.0.len() > 1);
+        let varied: Vec<String> = varied.map(|(key, it)| it.shown(&key)).collect();
+        [format!("`{name}`"), varied.join(", "), joined(models)]
+    });
     Ok(table(
         [
             "method",

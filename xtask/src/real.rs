@@ -62,13 +62,7 @@ fn measure(args: &Args, settings: &Settings) -> Result<()> {
     libtorch::ensure()?;
     let python = python::ensure()?;
     run::build_peft()?;
-    run::run(&mut run::cargo(&[
-        "build",
-        "--package",
-        "benches",
-        "--bin",
-        "real",
-    ]))?;
+    run::run(&mut run::build("real"))?;
     let folder = paths::target().join("real");
     fs::create_dir_all(&folder).context("at `target/real`")?;
     let models = BTreeMap::from([

@@ -56,10 +56,16 @@ pub(crate) fn works(command: &mut Command) -> bool {
 
 /// Builds the `peft` program of the development profile.
 pub(crate) fn build_peft() -> Result<()> {
-    run(&mut cargo(&["build", "--package", "peft-cli"])).map_err(|error| match needs_compiler() {
+    run(&mut build("peft")).map_err(|error| match needs_compiler() {
         Some(problem) => problem.context(error.to_string()),
         None => error,
     })
+}
+
+/// Builds a program of the workspace. With the features that the whole workspace asks for: those of its package alone would
+/// compile the bindings to libtorch a second time.
+pub(crate) fn build(program: &str) -> Command {
+    cargo(&["build", "--workspace", "--bin", program])
 }
 
 /// The usual reason why a build stops on a fresh machine.

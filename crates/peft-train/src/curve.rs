@@ -231,17 +231,13 @@ fn falls(curves: &[Curve]) -> bool {
 fn reach(curves: &[Curve]) -> Range<f64> {
     let all = curves.iter().flat_map(|it| &it.points).map(|it| it.1);
     let least = all.clone().fold(f64::INFINITY, f64::min);
-    let of = |at: fn(&[(f64, f64)]) -> Option<&(f64, f64)>| -> Vec<f64> {
-        let all = curves.iter().filter_map(|it| at(&it.points));
-        all.map(|it| it.1).collect()
-    };
-    let (mut first, last) = (of(|it| it.first()), of(|it| it.last()));
-    first.sort_by(f64::total_cmp);
-    let usual = first.get(first.len() / 2).copied();
-    let most = last
-        .into_iter()
-        .chain(usual)
-        .fold(f64::NEG_INFINITY, f64::max);
+    let first = curves.iter().filter_map(|it| it.points.first());
+    let last = curves.iter().filter_map(|it| it.points.last());
+    let mut begins: Vec<f64> = first.map(|it| it.1).collect();
+    begins.sort_by(f64::total_cmp);
+    let usual = begins.get(begins.len() / 2).copied();
+    let most = last.map(|it| it.1).chain(usual);
+    let most = most.fold(f64::NEG_INFINITY, f64::max);
     if !(least.is_finite() && most.is_finite()) {
         return 0.0..1.0;
     }
