@@ -25,6 +25,9 @@ pub(crate) struct Args {
     /// Only this task
     #[arg(long, value_name = "NAME")]
     task: Option<String>,
+    /// Threads of each side; where other programs keep the cores busy, 1 is faster
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    threads: u16,
     /// Only these methods, separated by commas; they are written nowhere
     #[arg(long, value_name = "NAMES")]
     methods: Option<String>,
@@ -86,13 +89,15 @@ fn measure(args: &Args, settings: &Settings) -> Result<()> {
                 seed: *seed,
                 folder: &folder,
                 methods: args.methods.as_deref(),
+                threads: args.threads,
             };
             lines += &job.all(&python, seed == &settings.seeds[0])?;
+            if args.methods.is_none() {
+                fs::write(raw(name), &lines)
+                    .with_context(|| format!("at `{}`", paths::short(&raw(name))))?;
+            }
         }
-        if args.methods.is_none() {
-            fs::write(raw(name), lines)
-                .with_context(|| format!("at `{}`", paths::short(&raw(name))))?;
-        } else {
+        if args.methods.is_some() {
             print!("{lines}");
         }
     }
@@ -110,6 +115,7 @@ struct Job<'a> {
     seed: u64,
     folder: &'a Path,
     methods: Option<&'a str>,
+    threads: u16,
 }
 
 impl Job<'_> {
@@ -154,6 +160,7 @@ impl Job<'_> {
             .arg(self.model);
         command
             .args(["--seed", &self.seed.to_string()])
+            .args(["--threads", &self.threads.to_string()])
             .current_dir(paths::root())
     }
 }

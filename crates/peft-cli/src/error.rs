@@ -18,6 +18,16 @@ pub(crate) fn usage(text: impl Display) -> Error {
     Usage(text.to_string()).into()
 }
 
+/// A mistake in a method's settings is one of usage.
+pub(crate) fn of_settings(error: peft::Error) -> Error {
+    match error {
+        peft::Error::Config { .. }
+        | peft::Error::Unsupported { .. }
+        | peft::Error::NoTarget { .. } => usage(error),
+        error => error.into(),
+    }
+}
+
 /// Says what clap has to say: help and version are no failure.
 pub(crate) fn refuse(error: &clap::Error) -> ExitCode {
     // A terminal that is gone is no reason to fail in another way.

@@ -54,7 +54,7 @@ enum Command {
     Generate(generate::Args),
     /// Talk to a model
     Chat(chat::Args),
-    /// Measure loss and perplexity
+    /// Measure loss, perplexity, or what the task is judged by
     Eval(eval::Args),
     /// Bake the adapter into the base and write a plain model folder
     Merge(merge::Args),

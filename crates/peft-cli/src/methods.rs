@@ -191,6 +191,9 @@ impl Method {
         ] {
             map.shift_remove(key);
         }
+        if tag == "PROMPT_TUNING" {
+            map.insert("label_words".to_owned(), Value::Null); // written only where they are given
+        }
         if tag == "PREFIX_TUNING" {
             map.insert(PREFIX_INIT_TEXT.to_owned(), Value::Null);
         }

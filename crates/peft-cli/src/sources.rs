@@ -109,10 +109,18 @@ pub(crate) struct Sources {
 
 /// The adapter of a run, or the folder itself, which must hold one.
 pub(crate) fn adapter_folder(path: &Path) -> Result<PathBuf> {
-    let dir = match Run::is_run(path) {
-        true => Run::open(path)?.adapter(),
-        false => path.to_owned(),
-    };
+    let mut dir = path.to_owned();
+    if Run::is_run(path) {
+        let run = Run::open(path)?;
+        dir = run.adapter();
+        if run.info()?.method == FULL {
+            return Err(usage(format!(
+                "the run `{}` trained the model itself, so there is no adapter; the model is {}",
+                path.display(),
+                dir.display()
+            )));
+        }
+    }
     if !dir.is_dir() {
         anyhow::bail!("{}: no such folder", dir.display());
     }
@@ -243,7 +251,33 @@ impl BaseArgs {
     }
 }
 
+/// How many outputs the head has that an adapter brings along.
+fn outputs_of(dir: &Path) -> Option<i64> {
+    let heads = [
+        "classifier.weight",
+        "classifier.out_proj.weight",
+        "score.weight",
+        "qa_outputs.weight",
+    ];
+    let file = Mapped::open(&dir.join("adapter_model.safetensors")).ok()?;
+    let key = file
+        .names()
+        .find(|key| heads.iter().any(|head| key.ends_with(head)))?;
+    file.info(key)?.0.first().copied()
+}
+
 impl Sources {
+    /// With the head that an adapter brings, or that the run knows in which it lies.
+    pub(crate) fn for_adapter(mut self, run: &Path, dir: &Path) -> Sources {
+        if let Some(info) = Run::open(run).ok().and_then(|it| it.info().ok()) {
+            self.head = of_more(&info.more).1;
+        }
+        if self.head.num_labels.is_none() {
+            self.head.num_labels = outputs_of(dir);
+        }
+        self
+    }
+
     /// What the model is for: as asked, as its adapters say, or the first that it can do.
     pub(crate) fn task(&self, asked: Option<&str>) -> Result<Task> {
         if let Some(asked) = asked {
@@ -266,6 +300,22 @@ impl Sources {
         Ok(task_of(&config)
             .or_else(|| tasks(kind.unwrap_or_default()).first().copied())
             .unwrap_or(Task::CausalLm))
+    }
+
+    /// An error unless this is a model that goes on with texts.
+    pub(crate) fn must_talk(&self) -> Result<()> {
+        let config = self.base.config()?;
+        let kind = config.get("model_type").and_then(|it| it.as_str());
+        let offered = tasks(kind.unwrap_or_default());
+        let task = self.task(None)?;
+        // What is wrong with a model that is not known is said where it is loaded.
+        if offered.is_empty() || task == Task::CausalLm {
+            return Ok(());
+        }
+        Err(usage(format!(
+            "`{}` is a model for {task}, it writes no text; `peft eval` measures it",
+            self.model
+        )))
     }
 
     /// The model for a task, without adapters.
@@ -311,19 +361,7 @@ impl Sources {
 
     /// How many outputs the head has that an adapter brings along: the base's own says nothing of it.
     fn outputs_of_adapters(&self) -> Option<i64> {
-        let heads = [
-            "classifier.weight",
-            "classifier.out_proj.weight",
-            "score.weight",
-            "qa_outputs.weight",
-        ];
-        self.adapters.iter().find_map(|(_, dir)| {
-            let file = Mapped::open(&dir.join("adapter_model.safetensors")).ok()?;
-            let key = file
-                .names()
-                .find(|key| heads.iter().any(|head| key.ends_with(head)))?;
-            file.info(key)?.0.first().copied()
-        })
+        self.adapters.iter().find_map(|(_, dir)| outputs_of(dir))
     }
 
     /// The model for a task, dressed.
@@ -515,7 +553,11 @@ fn named(folders: &[NamedFolder]) -> Result<Vec<(String, PathBuf)>> {
         if all.iter().any(|(other, _)| *other == name) {
             return Err(usage(format!("two adapters are called `{name}`")));
         }
-        all.push((name, it.dir.clone()));
+        let dir = match Run::is_run(&it.dir) {
+            true => Run::open(&it.dir)?.adapter(),
+            false => it.dir.clone(),
+        };
+        all.push((name, dir));
     }
     Ok(all)
 }

@@ -48,6 +48,14 @@ pub(crate) fn bytes(n: u64) -> String {
     })
 }
 
+/// `1 place`, `2 places`.
+pub(crate) fn plural(n: usize, what: &str) -> String {
+    match n {
+        1 => format!("1 {what}"),
+        n => format!("{n} {what}s"),
+    }
+}
+
 /// `1,234,567`.
 pub(crate) fn grouped(n: i64) -> String {
     let digits = n.unsigned_abs().to_string();

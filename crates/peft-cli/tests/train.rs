@@ -269,3 +269,174 @@ fn a_dry_run_says_everything_and_writes_nothing() {
     );
     assert!(!world.dir.path().join("run").exists());
 }
+
+/// Texts with a label in a file of the test's own.
+fn labelled(world: &World, name: &str, label: impl Fn(usize) -> String) -> String {
+    let path = world.dir.path().join(name);
+    let rows: String = (0..24)
+        .map(|i| {
+            format!(
+                "{{\"text\": \"word {i} of {}\", \"label\": {}}}\n",
+                i % 3,
+                label(i)
+            )
+        })
+        .collect();
+    std::fs::write(&path, rows).unwrap();
+    path.to_string_lossy().into_owned()
+}
+
+#[test]
+fn prompts_begin_at_words_and_prefixes_at_a_text() {
+    let world = World::new();
+    let config = |run: &str| {
+        let path = world
+            .dir
+            .path()
+            .join(run)
+            .join("adapter/adapter_config.json");
+        let text = std::fs::read_to_string(path).unwrap();
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()
+    };
+    let steps = ["--max-steps", "1", "--batch-size", "2"];
+    let train = |more: &[&'static str]| {
+        let mut args = world.train(&steps);
+        args.extend(more);
+        args
+    };
+    good(
+        world.dir.path(),
+        &train(&[
+            "--method",
+            "prompt",
+            "--set",
+            "label_words=[good, bad]",
+            "--num-virtual-tokens",
+            "4",
+            "--out",
+            "words",
+        ]),
+    );
+    assert_eq!(
+        config("words")["label_words"],
+        serde_json::json!(["good", "bad"])
+    );
+    let text =
+        "prefix_init_text=Define the noun that comes after these words as a dictionary would do it";
+    let with = |rate: &'static str, set: &'static str, out: &'static str| {
+        train(&[
+            "--method",
+            "prefix",
+            "--num-virtual-tokens",
+            "3",
+            "--learning-rate",
+            rate,
+            "--set",
+            set,
+            "--out",
+            out,
+        ])
+    };
+    good(world.dir.path(), &with("1e-9", text, "text"));
+    good(
+        world.dir.path(),
+        &with("1e-9", "init_weights=zero", "zeros"),
+    );
+    let largest = |run: &str| {
+        let path = world
+            .dir
+            .path()
+            .join(run)
+            .join("adapter/adapter_model.safetensors");
+        let state = peft::core::tensors::read(&path).unwrap();
+        state["prompt_embeddings"].abs().max().double_value(&[])
+    };
+    assert!(largest("zeros") < 1e-6 && largest("text") > 1e-3);
+    for (more, words) in [
+        (
+            ["--method", "prompt", "--set", "label_words=good"],
+            "no list of words",
+        ),
+        (
+            ["--method", "prompt", "--set", "label_words=['']"],
+            "no tokens",
+        ),
+        (
+            ["--method", "prefix", "--set", "prefix_init_text=' '"],
+            "prefix_init_text",
+        ),
+        (
+            ["--method", "prefix", "--set", "prefix_init_text=short"],
+            "prefix_init_text",
+        ),
+        (
+            [
+                "--method",
+                "prompt",
+                "--set",
+                "prompt_tuning_init_text=Define",
+            ],
+            "prompt_tuning_init=TEXT",
+        ),
+        (
+            ["--method", "lora", "--set", "prefix_init_text=x"],
+            "prefix",
+        ),
+    ] {
+        let mut args = train(&["--out", "none"]);
+        args.extend(more);
+        let (code, said) = bad(world.dir.path(), &args);
+        assert!(code == 2 && said.contains(words), "{more:?}: {said}");
+        assert!(!world.dir.path().join("none").exists());
+    }
+}
+
+#[test]
+fn numbers_are_learnt_and_measured_again() {
+    let world = World::new();
+    let data = labelled(&world, "numbers.jsonl", |i| format!("{}.5", i % 4));
+    good(
+        world.dir.path(),
+        &[
+            "train",
+            "--model",
+            &world.model,
+            "--data",
+            &data,
+            "--max-steps",
+            "2",
+            "--out",
+            "run",
+        ],
+    );
+    let said = good(world.dir.path(), &["eval", "run", "--data", &data]);
+    assert!(said.contains("mse"), "{said}");
+    let said = good(world.dir.path(), &["check", "run"]);
+    assert!(said.contains("every key and shape"), "{said}");
+    let (code, said) = bad(world.dir.path(), &["generate", "run", "--prompt", "x"]);
+    assert!(
+        code == 2 && said.contains("SEQ_CLS") && said.contains("peft eval"),
+        "{said}"
+    );
+}
+
+#[test]
+fn full_fine_tuning_is_in_fp32_unless_asked_for() {
+    let world = World::new();
+    let train = |more: &[&'static str]| {
+        let mut args = vec!["train", "--model", &world.model, "--data", &world.data];
+        args.extend(["--method", "full", "--max-steps", "1", "--dry-run"]);
+        args.extend(more);
+        good(world.dir.path(), &args)
+    };
+    let said = train(&[]);
+    assert!(
+        said.contains("fp32") && !said.contains("rounded away; "),
+        "{said}"
+    );
+    let said = train(&["--dtype", "bf16"]);
+    assert!(
+        said.contains("in bf16") && said.contains("are rounded away"),
+        "{said}"
+    );
+}

@@ -129,10 +129,10 @@ fn what_cannot_be_combined_or_converted_is_refused_and_leaves_nothing() {
         ),
         (
             vec![&*lora, &*lora, "--combination-type", "ties"],
-            1,
+            2,
             vec!["density"],
         ),
-        (vec![&*lora, &*lora, "--svd-rank", "3"], 1, vec!["svd_rank"]),
+        (vec![&*lora, &*lora, "--svd-rank", "3"], 2, vec!["svd_rank"]),
         (vec![&*lora, "--rules", "pythons"], 2, vec!["peft-0.20"]),
         (
             vec![&*lora, "--majority-sign-method", "totl"],
@@ -144,8 +144,9 @@ fn what_cannot_be_combined_or_converted_is_refused_and_leaves_nothing() {
             2,
             vec!["gpt2", "llama", "--same-base"],
         ),
-        (vec![&*lora, &*dora], 1, vec!["use_dora", "convert it"]),
+        (vec![&*lora, &*dora], 2, vec!["use_dora", "convert it"]),
         (vec![&*lora, "fixtures"], 1, vec!["adapter_config.json"]),
+        (vec![&*lora, "--weights", "0"], 2, vec!["all 0"]),
     ] {
         combine(&more).fails(code, &words);
         assert!(!out.exists(), "{more:?}");
@@ -156,8 +157,8 @@ fn what_cannot_be_combined_or_converted_is_refused_and_leaves_nothing() {
         peft(args)
     };
     convert(&[&lora]).fails(2, &["--rank"]);
-    convert(&[&lora, "--rank", "0"]).fails(1, &["rank 0"]);
-    convert(&[&lora, "--keep", "1.5"]).fails(1, &["1.5"]);
-    convert(&[common::TEXT, "--rank", "4"]).fails(2, &["one adapter"]);
+    convert(&[&lora, "--rank", "0"]).fails(2, &["rank 0"]);
+    convert(&[&lora, "--keep", "1.5"]).fails(2, &["1.5"]);
+    convert(&[common::TEXT, "--rank", "4"]).fails(2, &["nothing to convert"]);
     assert!(!out.exists());
 }

@@ -292,7 +292,7 @@ fn width(text: &str, size: u32) -> Result<u32, String> {
     Ok(width)
 }
 
-/// A text of at most so many pixels, cut with `…`.
+/// A text of at most so many pixels, cut with `…`; its end stays where there is room, as it is often what differs.
 fn cut(text: &str, size: u32, most: u32) -> Result<String, String> {
     let letters: Vec<char> = text
         .chars()
@@ -305,7 +305,9 @@ fn cut(text: &str, size: u32, most: u32) -> Result<String, String> {
         return Ok(whole);
     }
     for kept in (0..letters.len().min(bound)).rev() {
-        let shorter: String = letters[..kept].iter().chain(&['…']).collect();
+        let tail = if kept >= 9 { kept / 3 } else { 0 };
+        let (head, end) = (&letters[..kept - tail], &letters[letters.len() - tail..]);
+        let shorter: String = head.iter().chain(&['…']).chain(end).collect();
         if width(&shorter, size)? <= most {
             return Ok(shorter);
         }

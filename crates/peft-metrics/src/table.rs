@@ -136,7 +136,7 @@ fn columns(letter: char) -> usize {
     }
 }
 
-/// A name in just this width: cut with `…`, or filled up.
+/// A name in just this width: cut with `…`, or filled up. Its end stays where there is room, as it is often what differs.
 pub(crate) fn fit(name: &str, width: usize) -> String {
     // A line break in a name would end the line.
     let name: String = name
@@ -149,15 +149,24 @@ pub(crate) fn fit(name: &str, width: usize) -> String {
         used = length(&name);
         text.push_str(&name);
     } else {
+        let (mut end, mut tail) = (String::new(), 0);
+        for letter in name.chars().rev() {
+            if width < 10 || tail + columns(letter) > width / 3 {
+                break;
+            }
+            tail += columns(letter);
+            end.insert(0, letter);
+        }
         for letter in name.chars() {
-            if used + columns(letter) + 1 > width {
+            if used + columns(letter) + 1 + tail > width {
                 break;
             }
             used += columns(letter);
             text.push(letter);
         }
         text.push('…');
-        used += 1;
+        text.push_str(&end);
+        used += 1 + tail;
     }
     text.extend(std::iter::repeat_n(' ', width.saturating_sub(used)));
     text

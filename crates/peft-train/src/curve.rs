@@ -204,27 +204,28 @@ impl Picture for Several<'_> {
             let title = if at == 0 { self.title } else { figure };
             let steps = curves.iter().flat_map(|it| &it.points).map(|it| it.0);
             let steps = 0.0..steps.fold(1.0, f64::max);
-            let mut chart = axes(area, title, figure, steps, reach(curves)).map_err(say)?;
-            for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
+            // The names stand beside the lines: wherever they stood among them, they would hide the ends of some.
+            let (lines, names) = area.split_horizontally(SIZE.0 - NAMES);
+            let mut chart = axes(&lines, title, figure, steps, reach(curves)).map_err(say)?;
+            for (i, (curve, colour)) in curves.iter().zip(COLOURS.iter().cycle()).enumerate() {
                 let style = colour.stroke_width(3);
                 line(&mut chart, &curve.points, style, &curve.name).map_err(say)?;
                 points(&mut chart, &curve.points, *colour).map_err(say)?;
+                let y = 84 + 30 * i as i32;
+                let sample = PathElement::new([(0, y), (28, y)], style);
+                names.draw(&sample).map_err(say)?;
+                let text = (FONT, 18).into_font().color(&INK);
+                names
+                    .draw(&Text::new(curve.name.clone(), (38, y - 9), text))
+                    .map_err(say)?;
             }
-            // Where the lines of a falling and of a rising figure leave room.
-            let place = match falls(curves) {
-                true => SeriesLabelPosition::UpperRight,
-                false => SeriesLabelPosition::LowerRight,
-            };
-            legend(&mut chart, place).map_err(say)?;
         }
         root.present().map_err(say)
     }
 }
 
-fn falls(curves: &[Curve]) -> bool {
-    let change = |it: &Curve| Some(it.points.last()?.1 - it.points.first()?.1);
-    curves.iter().filter_map(change).sum::<f64>() < 0.0
-}
+/// Width of the names beside the lines.
+const NAMES: u32 = 190;
 
 /// From a little below the least value to a little above where most begin and all end: one run that begins far
 /// off does not press the others together.
@@ -256,6 +257,8 @@ fn axes<'c, B: DrawingBackend>(
     steps: Range<f64>,
     values: Range<f64>,
 ) -> Result<Chart<'c, B>, Fault<B>> {
+    // No more marks than there are whole steps.
+    let ticks = (steps.end as usize + 1).clamp(2, 10);
     let mut chart = ChartBuilder::on(area)
         .margin(24)
         .margin_right(36)
@@ -272,7 +275,7 @@ fn axes<'c, B: DrawingBackend>(
         .y_desc(figure)
         .axis_desc_style((FONT, 20).into_font().color(&INK))
         .label_style((FONT, 17).into_font().color(&INK))
-        .x_labels(10)
+        .x_labels(ticks)
         .y_labels(8)
         .x_label_formatter(&|step| format!("{step:.0}"))
         .y_label_formatter(&|value| format!("{value:.2}"))

@@ -67,6 +67,7 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 pub(crate) fn run(args: Args) -> Result<()> {
     let stops = args.sampling.stops()?;
     let sources = args.source.find()?;
+    sources.must_talk()?;
     let voice = sources.tokenizer()?;
     // Before the weights: a model that cannot be asked says so at once.
     conversation(&voice, &[Message::user("?")])?;

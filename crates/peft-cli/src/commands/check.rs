@@ -17,14 +17,15 @@ use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
 use peft::{
     core::{Adapter, ModelExt, State, files, tensors},
     data::Tokenizer,
-    models::{Decoder, OpenOptions, Source, open_source},
+    models::{Network, Source, Task},
+    train::Run,
 };
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use crate::{
     args::kind_name,
-    sources::{adapter_folder, base_of},
+    sources::{BaseArgs, TASK, adapter_folder, base_of},
     terminal::{bytes, grouped},
 };
 
@@ -132,7 +133,11 @@ fn examine(report: &mut Report, args: &Args, dir: &Path) {
         Err(_) => {}
     }
     let base = args.model.clone().map_or_else(|| base_of(dir), Ok);
-    let model = match base.and_then(|name| Ok(open(&name)?)) {
+    let task = json.get("task_type").and_then(Value::as_str);
+    let task = task
+        .and_then(|it| it.parse().ok())
+        .or(run_task(&args.adapter));
+    let model = match base.and_then(|name| open(&name, task, &args.adapter, dir)) {
         Ok(model) => Some(model),
         Err(error) => {
             let text = format!("cannot be looked at, so fit and targets are unchecked: {error:#}");
@@ -163,10 +168,28 @@ fn examine(report: &mut Report, args: &Args, dir: &Path) {
     servable(report, &json, ends);
 }
 
-fn open(name: &str) -> peft::Result<(Source, Box<dyn Decoder>)> {
-    let source = Source::find(name)?;
-    let model = open_source(&source, OpenOptions::default())?;
-    Ok((source, model))
+/// The task of a run.
+fn run_task(path: &Path) -> Option<Task> {
+    let info = Run::open(path).ok()?.info().ok()?;
+    info.more.get(TASK)?.as_str()?.parse().ok()
+}
+
+/// The base with the head of its adapter's task.
+fn open(
+    name: &str,
+    task: Option<Task>,
+    given: &Path,
+    dir: &Path,
+) -> Result<(Source, Box<dyn Network>)> {
+    let sources = BaseArgs {
+        model: Some(name.to_owned()),
+        adapter: Vec::new(),
+    }
+    .find()?
+    .for_adapter(given, dir);
+    let task = task.map_or_else(|| sources.task(None), Ok)?;
+    let model = sources.load_stored(task, None)?;
+    Ok((sources.base, model))
 }
 
 /// The settings that one asks for first.
@@ -254,7 +277,7 @@ fn finite(tensor: &Tensor) -> bool {
 
 /// Whether every key and shape is what the base wants, and where the adapter acts. Says whether it does so
 /// on the input or output embedding.
-fn fit(report: &mut Report, adapter: &Adapter, model: &mut dyn Decoder) -> bool {
+fn fit(report: &mut Report, adapter: &Adapter, model: &mut dyn Network) -> bool {
     if let Err(error) = adapter.apply("default", model) {
         report.add(Level::Fail, "fit", error);
         return false;
@@ -278,7 +301,10 @@ fn fit(report: &mut Report, adapter: &Adapter, model: &mut dyn Decoder) -> bool 
     }
     let places: Vec<String> = places
         .iter()
-        .map(|(name, n)| format!("{n} × {name}"))
+        .map(|(name, n)| match name.is_empty() {
+            true => "the input".to_owned(),
+            false => format!("{n} × {name}"),
+        })
         .collect();
     report.add(Level::Ok, "targets", places.join(", "));
     let spec = model.spec();
@@ -287,7 +313,7 @@ fn fit(report: &mut Report, adapter: &Adapter, model: &mut dyn Decoder) -> bool 
 }
 
 /// Whether the tokenizer beside the adapter is the base's.
-fn voice(report: &mut Report, dirs: &[&Path], source: &Source, model: &dyn Decoder) {
+fn voice(report: &mut Report, dirs: &[&Path], source: &Source, model: &dyn Network) {
     let open = |dir: &Path| {
         dir.join("tokenizer.json")
             .is_file()
@@ -355,10 +381,13 @@ fn servable(report: &mut Report, json: &Value, ends: bool) {
     match reasons.is_empty() {
         true => report.add(Level::Ok, "serving", "plain LoRA: any runtime takes it"),
         false => {
-            let text = format!(
-                "only runtimes that know {}; `peft merge` makes a model for the others",
-                reasons.join(", ")
-            );
+            let kind = json.get("peft_type").and_then(Value::as_str);
+            let virtual_tokens = ["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"];
+            let help = match kind.is_some_and(|it| virtual_tokens.contains(&it)) {
+                true => "it has no form as a weight, so there is no merged model",
+                false => "`peft merge` makes a model for the others",
+            };
+            let text = format!("only runtimes that know {}; {help}", reasons.join(", "));
             report.add(Level::Warn, "serving", text);
         }
     }
@@ -376,7 +405,8 @@ fn not_plain(json: &Value) -> Vec<String> {
         Some(_) => true,
     };
     if json.get("peft_type").and_then(Value::as_str) != Some("LORA") {
-        return vec![format!("{}", json.get("peft_type").unwrap_or(&Value::Null))];
+        let kind = json.get("peft_type").and_then(Value::as_str);
+        return vec![kind.unwrap_or("its method").to_owned()];
     }
     let mut reasons: Vec<String> = Vec::new();
     let named = [

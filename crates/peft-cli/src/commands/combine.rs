@@ -14,7 +14,7 @@ use peft::{
 
 use crate::{
     args::fresh_folder,
-    error::usage,
+    error::{of_settings, usage},
     sources::{adapter_folder, base_of},
     terminal::{bytes, grouped},
 };
@@ -31,7 +31,7 @@ pub(crate) struct Args {
         long,
         value_name = "X,X",
         value_delimiter = ',',
-        allow_negative_numbers = true
+        allow_hyphen_values = true
     )]
     weights: Vec<f64>,
     /// linear, cat, svd, ties, ties_svd, dare_linear, dare_linear_svd, dare_ties, dare_ties_svd,
@@ -88,6 +88,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if let Some(bad) = weights.iter().find(|it| !it.is_finite()) {
         return Err(usage(format!("`--weights`: {bad} is no weight")));
     }
+    if weights.iter().all(|it| *it == 0.0) {
+        return Err(usage("`--weights` are all 0: nothing would be left"));
+    }
     let registry = peft::builtin();
     let (mut parts, mut bases) = (Vec::new(), Vec::new());
     for path in &args.adapters {
@@ -106,7 +109,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         )));
     }
     let weighted: Vec<(&Adapter, f64)> = parts.iter().zip(weights).collect();
-    let both = combine(&weighted, &how)?;
+    let both = combine(&weighted, &how).map_err(of_settings)?;
     both.save(&args.out)?;
     let numbers: i64 = both.state.values().map(|it| it.numel() as i64).sum();
     let size: usize = both

@@ -29,7 +29,7 @@ use serde_json::{Value, json};
 use super::{
     check::plain_table,
     train::{
-        Setup, TRAINABLE, complete, name_of_model,
+        INTERRUPTED, Setup, TRAINABLE, complete, name_of_model,
         recipe::{Plan, Recipe, Validation},
         screen::row,
     },
@@ -92,6 +92,8 @@ struct Comparison {
     candidates: Vec<Candidate>,
     /// Methods that do not fit the model, and why.
     left_out: Vec<(String, String)>,
+    /// Each file of rows with its length and the time of its last change in seconds: others would be another comparison.
+    files: Vec<(PathBuf, u64, u64)>,
     /// One for each candidate, once all are trained.
     outcomes: Vec<Outcome>,
 }
@@ -116,9 +118,27 @@ struct Outcome {
 
 /// Trains and compares.
 pub(crate) fn run(args: Args) -> Result<()> {
+    // Asked now: a file that is replaced meanwhile has no place any more.
+    let program = std::env::current_exe().context("where this program lies")?;
     let (dir, mut comparison) = match &args.resume {
-        Some(dir) => (dir.clone(), read(dir)?),
-        None => begin(&args)?,
+        Some(dir) => {
+            if let Some((key, _)) = args.setup.pairs()?.first() {
+                return Err(usage(format!(
+                    "`--resume` goes on with the settings of the comparison, and `{key}` is given besides"
+                )));
+            }
+            let comparison = read(dir)?;
+            for file in &comparison.files {
+                if stamp(&file.0)? != *file {
+                    return Err(usage(format!(
+                        "`{}` has changed since the comparison began: compare anew in another folder",
+                        file.0.display()
+                    )));
+                }
+            }
+            (dir.clone(), comparison)
+        }
+        None => begin(&program, &args)?,
     };
     let candidates = comparison.candidates.clone();
     let stop = watch_ctrl_c()?;
@@ -126,13 +146,13 @@ pub(crate) fn run(args: Args) -> Result<()> {
         let title = format!("{} ({at} of {})", candidate.name, candidates.len());
         println!("\n{}", style(title).bold());
         let run = Run::at(&dir.join(&candidate.name));
-        if !train(candidate, &run, stop)? {
+        if !train(&program, candidate, &run, stop)? {
             println!(
                 "\n{}; go on with\n  peft compare --resume {}",
                 style("Interrupted").yellow().bold(),
                 dir.display()
             );
-            return Ok(());
+            std::process::exit(INTERRUPTED);
         }
         comparison.outcomes.push(Outcome::of(candidate, &run)?);
     }
@@ -141,7 +161,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
 }
 
 /// Resolves the candidates, tries each without training, and makes the folder.
-fn begin(args: &Args) -> Result<(PathBuf, Comparison)> {
+fn begin(program: &Path, args: &Args) -> Result<(PathBuf, Comparison)> {
     let candidates = candidates(args.setup.pairs()?, &args.methods)?;
     let mut plans = Vec::new();
     for candidate in &candidates {
@@ -171,9 +191,17 @@ fn begin(args: &Args) -> Result<(PathBuf, Comparison)> {
         row("data", path.display());
     }
     row("seed", plans[0].settings.seed);
+    let mut files = recipe.data.clone();
+    match &recipe.validation {
+        Validation::Files(others) => files.extend(others.iter().cloned()),
+        Validation::Rows(0) => return Err(nothing_held_out()),
+        Validation::Part(part) if *part == 0.0 => return Err(nothing_held_out()),
+        _ => {}
+    }
     let mut comparison = Comparison {
         candidates: Vec::new(),
         left_out: Vec::new(),
+        files: files.iter().map(|it| stamp(it)).collect::<Result<_>>()?,
         outcomes: Vec::new(),
     };
     println!();
@@ -182,7 +210,7 @@ fn begin(args: &Args) -> Result<(PathBuf, Comparison)> {
             settings: whole_paths(candidate.settings, &plan.recipe),
             ..candidate
         };
-        match rehearse(&candidate, &dir)? {
+        match rehearse(program, &candidate, &dir)? {
             Rehearsal::Fits(said) => {
                 row(&candidate.name, said);
                 comparison.candidates.push(candidate);
@@ -205,6 +233,18 @@ fn begin(args: &Args) -> Result<(PathBuf, Comparison)> {
     Ok((dir, comparison))
 }
 
+fn nothing_held_out() -> anyhow::Error {
+    usage("`validation` is 0: methods are compared by rows that are held out")
+}
+
+fn stamp(path: &Path) -> Result<(PathBuf, u64, u64)> {
+    let about = fs::metadata(path).with_context(|| path.display().to_string())?;
+    let changed = about.modified().context("the time of its last change")?;
+    let since = changed.duration_since(std::time::UNIX_EPOCH);
+    let seconds = since.map_or(0, |it| it.as_secs());
+    Ok((path.to_owned(), about.len(), seconds))
+}
+
 /// The candidates out of all settings, each with those that are its own.
 fn candidates(pairs: Vec<(String, Value)>, flags: &[String]) -> Result<Vec<Candidate>> {
     let (lists, shared): (Vec<_>, Vec<_>) = pairs.into_iter().partition(|(key, _)| key == LIST);
@@ -213,6 +253,7 @@ fn candidates(pairs: Vec<(String, Value)>, flags: &[String]) -> Result<Vec<Candi
             "`method: {value}` names one method; to compare, name several with `{LIST}`"
         )));
     }
+    let listed = !lists.is_empty();
     let given: Vec<Value> = match (flags, lists.into_iter().next_back()) {
         ([], None) => Vec::new(),
         ([], Some((_, Value::Array(all)))) => all,
@@ -221,6 +262,9 @@ fn candidates(pairs: Vec<(String, Value)>, flags: &[String]) -> Result<Vec<Candi
         }
         (flags, _) => flags.iter().map(|it| it.as_str().into()).collect(),
     };
+    if listed && given.is_empty() {
+        return Err(usage(format!("setting `{LIST}` is an empty list")));
+    }
     let asked = !given.is_empty();
     let given = match asked {
         true => given,
@@ -276,6 +320,30 @@ fn candidates(pairs: Vec<(String, Value)>, flags: &[String]) -> Result<Vec<Candi
         .collect())
 }
 
+/// Whether a setting makes two runs two experiments: model, data, seed and budget.
+fn is_of_all(key: &str) -> bool {
+    let budget = [
+        "seed",
+        "data_seed",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "group_by_length",
+        "eval_steps",
+        "model",
+        "task",
+        "data",
+        "validation",
+        "format",
+        "max_length",
+        "train_on_prompt",
+        "device",
+        "prompts",
+    ];
+    budget.contains(&key)
+}
+
 /// Name, method and own settings of an entry of the list.
 type Entry = (String, &'static Method, Vec<(String, Value)>);
 
@@ -289,6 +357,19 @@ fn entry(value: &Value) -> Result<Entry> {
                     "setting `{LIST}`: {value} does not say its `method`"
                 ))
             })?;
+            if let Some(key) = map.keys().find(|it| is_of_all(it)) {
+                return Err(usage(format!(
+                    "setting `{LIST}`: `{key}` must be the same for all methods, so it stands outside of the list"
+                )));
+            }
+            if !map.contains_key("method") {
+                let named = METHODS.iter().any(|it| it.name == method);
+                if !named {
+                    return Err(usage(format!(
+                        "setting `{LIST}`: {value} does not say its `method`"
+                    )));
+                }
+            }
             let own = map
                 .iter()
                 .filter(|(key, _)| *key != "method" && *key != "name");
@@ -336,8 +417,7 @@ fn whole_paths(settings: Vec<(String, Value)>, recipe: &Recipe) -> Vec<(String, 
 }
 
 /// This program as `peft train` with the settings of a candidate.
-fn train_command(candidate: &Candidate, run: &Run) -> Result<Command> {
-    let program = std::env::current_exe().context("where this program lies")?;
+fn train_command(program: &Path, candidate: &Candidate, run: &Run) -> Command {
     let mut command = Command::new(program);
     let threads = tch::get_num_threads();
     command.args(["--color", "never", "--threads", &threads.to_string()]);
@@ -355,7 +435,7 @@ fn train_command(candidate: &Candidate, run: &Run) -> Result<Command> {
         }
     }
     command.stdin(Stdio::null());
-    Ok(command)
+    command
 }
 
 /// What a dry run gave.
@@ -366,9 +446,9 @@ enum Rehearsal {
     Refused(String),
 }
 
-fn rehearse(candidate: &Candidate, dir: &Path) -> Result<Rehearsal> {
+fn rehearse(program: &Path, candidate: &Candidate, dir: &Path) -> Result<Rehearsal> {
     let run = Run::at(&dir.join(&candidate.name));
-    let output = train_command(candidate, &run)?
+    let output = train_command(program, candidate, &run)
         .arg("--dry-run")
         .output()
         .context("starting this program")?;
@@ -406,7 +486,7 @@ fn reason(errors: &str) -> String {
 }
 
 /// Trains a candidate to its end; `false`: it was interrupted.
-fn train(candidate: &Candidate, run: &Run, stop: &AtomicBool) -> Result<bool> {
+fn train(program: &Path, candidate: &Candidate, run: &Run, stop: &AtomicBool) -> Result<bool> {
     if run.info().is_ok_and(|it| it.status == Status::Finished) {
         row("", "trained before");
         return Ok(true);
@@ -414,7 +494,14 @@ fn train(candidate: &Candidate, run: &Run, stop: &AtomicBool) -> Result<bool> {
     if stop.load(Ordering::Relaxed) {
         return Ok(false);
     }
-    let mut child = train_command(candidate, run)?
+    let occupied = run.dir().read_dir().is_ok_and(|mut it| it.next().is_some());
+    if occupied && run.info().is_err() {
+        bail!(
+            "{}: holds files and no run that is known (run.json); remove the folder and go on with `--resume`",
+            run.dir().display()
+        );
+    }
+    let mut child = train_command(program, candidate, run)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
@@ -445,6 +532,9 @@ fn train(candidate: &Candidate, run: &Run, stop: &AtomicBool) -> Result<bool> {
     bar.finish_and_clear();
     let status = child.wait().context("waiting for the run")?;
     let complaints = complaints.join().unwrap_or_default();
+    if status.code() == Some(INTERRUPTED) {
+        return Ok(false);
+    }
     if !status.success() {
         bail!(
             "{}: {}; what was trained before is kept, go on with `--resume`",
@@ -462,7 +552,14 @@ impl Outcome {
         let (mut losses, mut seconds) = (Vec::new(), Vec::new());
         let mut figures: std::collections::BTreeMap<String, Vec<(usize, f64)>> = Default::default();
         let mut before = (0, 0);
-        for record in read_log(&run.log())? {
+        let records = read_log(&run.log()).with_context(|| {
+            let dir = run.dir().display();
+            format!(
+                "the log of `{}`; to train it again, remove {dir} and go on with `--resume`",
+                candidate.name
+            )
+        })?;
+        for record in records {
             match record {
                 Record::Eval(it) => {
                     losses.push((it.step, it.eval_loss));
@@ -638,7 +735,7 @@ fn watch_ctrl_c() -> Result<&'static AtomicBool> {
     static STOP: AtomicBool = AtomicBool::new(false);
     ctrlc::set_handler(|| {
         if STOP.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+            std::process::exit(INTERRUPTED);
         }
     })
     .context("listening for Ctrl-C")?;

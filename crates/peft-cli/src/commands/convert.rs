@@ -15,7 +15,7 @@ use tch::Kind;
 use crate::{
     args::fresh_folder,
     commands::check::plain_table,
-    error::usage,
+    error::{of_settings, usage},
     sources::SourceArgs,
     terminal::{bytes, grouped},
 };
@@ -29,7 +29,7 @@ pub(crate) struct Args {
     /// The rank of every layer
     #[arg(long, value_name = "N", group = "how")]
     rank: Option<i64>,
-    /// For each layer the smallest rank that keeps this share of its change: 0.99
+    /// For each layer the smallest rank that keeps this share of its change, in squares: 0.99
     #[arg(long, value_name = "X", group = "how")]
     keep: Option<f64>,
     /// The adapter folder to write; it must be empty or not exist
@@ -46,6 +46,11 @@ pub(crate) fn run(args: Args) -> Result<()> {
         (None, None) => return Err(usage("say `--rank N` or `--keep X`")),
     };
     let sources = args.source.find()?;
+    if let [] = sources.adapters.as_slice() {
+        return Err(usage(
+            "nothing to convert: give a run with an adapter, an adapter folder, or a model with `--adapter`",
+        ));
+    }
     let [(name, dir)] = sources.adapters.as_slice() else {
         return Err(usage(format!(
             "one adapter is converted at a time, and {} are named",
@@ -57,7 +62,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         .tuner;
     let task = sources.task(None)?;
     let mut model = sources.load_stored(task, Some(Kind::Float))?;
-    let converted = to_lora(&mut *model, name, &*tuner, rank)?;
+    let converted = to_lora(&mut *model, name, &*tuner, rank).map_err(of_settings)?;
     converted.adapter.save(&args.out)?;
 
     let state = &converted.adapter.state;
@@ -78,16 +83,18 @@ pub(crate) fn run(args: Args) -> Result<()> {
 /// Layers that are shown: those that lost most.
 const SHOWN: usize = 8;
 
+/// Kept: the share of the change's squares, as `--keep` counts. Off by: the norm of what is lost beside that of the change.
 fn table(layers: &[ConvertedLayer]) -> String {
     let mut worst: Vec<&ConvertedLayer> = layers.iter().collect();
     worst.sort_by(|a, b| b.error.total_cmp(&a.error));
     let mut table = plain_table();
-    table.set_header(["layers that lost most", "rank", "of the change is lost"]);
+    table.set_header(["layers that lost most", "rank", "kept", "off by"]);
     for it in worst.iter().take(SHOWN) {
         table.add_row([
             it.at.clone(),
             it.rank.to_string(),
-            format!("{:.2e}", it.error),
+            format!("{:.4} %", 100.0 * (1.0 - it.error.powi(2))),
+            format!("{:.1e}", it.error),
         ]);
     }
     table.trim_fmt()

@@ -1,4 +1,4 @@
-//! `peft eval`: loss and perplexity for each file, with the adapters and without.
+//! `peft eval`: loss and perplexity or what the task is judged by for each file, with the adapters and without.
 
 use std::path::PathBuf;
 
@@ -7,15 +7,16 @@ use comfy_table::{CellAlignment, Table, presets};
 use console::style;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{
-    Ctx, Decoder, ModelExt,
+    Ctx, Decoder, ModelExt, Settings,
     data::{Options, TaskOptions, prepare_task},
-    models::Task,
+    models::{Classes, Problem, Task},
     train::{Batch, Evaluation, Rows, evaluate, loss},
 };
 
 use super::train::{cache_dir, format, load, positions};
 use crate::{
     args::{Compute, kind_name},
+    error::usage,
     metrics::judge,
     sources::{SourceArgs, Sources},
     terminal::grouped,
@@ -27,7 +28,7 @@ use crate::{
 pub(crate) struct Args {
     #[command(flatten)]
     source: SourceArgs,
-    /// Rows to measure on: .jsonl, .json or .txt; several files may be given
+    /// Rows to measure on: .jsonl, .json, .csv, .tsv or .txt; several files may be given
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     data: Vec<PathBuf>,
     /// Format of the rows [default: found out]
@@ -140,6 +141,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
 /// Loss and figures of a model of another task.
 fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
     let tokenizer = sources.tokenizer()?;
+    if task == Task::FeatureExtraction {
+        return Err(usage(format!(
+            "`{}` has no head that could be measured; give a run, or an adapter that brings one",
+            sources.model
+        )));
+    }
     let model = sources.load_task(task, args.compute.place()?)?;
     let mut options = TaskOptions::of(task.name().parse()?);
     if let Some(length) = args.max_length {
@@ -147,7 +154,12 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
     } else if let Some(most) = positions(&sources.base)? {
         options.max_length = options.max_length.min(most);
     }
-    options.classes = model.classes().map(|it| it.names.clone());
+    options.mask_seed = Settings::default().seed; // hidden are the words that a run hides which says no other
+    // A head for numbers has names for its outputs, too, but they are no classes.
+    let classes = model.classes();
+    let numbers = |it: &Classes| it.problem == Some(Problem::Regression) || it.names.len() == 1;
+    let classes = classes.filter(|it| !numbers(it));
+    options.classes = classes.map(|it| it.names.clone());
     for file in &args.data {
         let data = prepare_task(std::slice::from_ref(file), &tokenizer, &options, &|_| {})?;
         let rows: Vec<usize> = (0..data.len()).collect();

@@ -94,6 +94,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         let model = model.seq2seq().context("the model writes no texts")?;
         return batches.answer(Writer::Seq2Seq(model), &ids);
     }
+    sources.must_talk()?;
     let ids: Vec<Vec<u32>> = prompts
         .iter()
         .map(|it| it.ids(&tokenizer, args.system.as_deref(), args.raw))

@@ -39,7 +39,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let sources = args.source.find()?;
     if sources.adapters.is_empty() {
         return Err(usage(
-            "nothing to merge: give a run, or name an `--adapter`",
+            "nothing to merge: give a run with an adapter, or name an `--adapter` (full fine-tuning leaves a whole model)",
         ));
     }
     let wanted = args.dtype.kind();

@@ -39,10 +39,11 @@ use self::screen::{Screen, duration, paint, row};
 use crate::{
     answer::{Writer, answers, conversation},
     args::{Compute, Placement, kind_name},
-    error::usage,
+    error::{of_settings, usage},
+    methods::PREFIX_INIT_TEXT,
     metrics::{figures, judge},
     sources::{BaseArgs, CLASSES, FULL, PROBLEM, Sources, TASK},
-    terminal::{bytes, grouped},
+    terminal::{bytes, grouped, plural},
 };
 
 /// Flags of `peft train`.
@@ -190,6 +191,9 @@ Examples:
   peft train RUN/config.yaml --learning-rate 1e-4 --out RUN2
   peft train --resume RUN";
 
+/// The exit code of a run that Ctrl-C stopped, as shells have it.
+pub(crate) const INTERRUPTED: i32 = 130;
+
 /// The name of the adapter in the model.
 const NAME: &str = "default";
 
@@ -229,18 +233,29 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let mut model = sources.load_task(task, place)?;
     let all = parameters(&mut *model);
     tch::manual_seed(plan.settings.seed as i64); // the values that the adapter begins with
-    let mut thawed = Vec::new();
+    let (mut thawed, mut tuner) = (Vec::new(), tuner);
     match &tuner {
-        Some(tuner) => {
-            model.inject(NAME, &**tuner).map_err(of_method)?;
+        Some(it) => {
+            model.inject(NAME, &**it).map_err(of_settings)?;
+            let left = left_at_random(&mut *model);
+            if !left.is_empty() {
+                model.delete(NAME)?;
+                plan.also_save(left)?;
+                let again = plan.tuner(task.task_type(), total, &tokenizer)?;
+                let again = again.context("the method has gone")?;
+                tch::manual_seed(plan.settings.seed as i64);
+                model.inject(NAME, &*again).map_err(of_settings)?;
+                tuner = Some(again);
+            }
             if let Some(ids) = plan.prefix_text(&tokenizer)? {
-                begin_prefix_at(&mut *model, NAME, &ids).map_err(usage)?;
+                begin_prefix_at(&mut *model, NAME, &ids)
+                    .map_err(|error| usage(format!("setting `{PREFIX_INIT_TEXT}`: {error}")))?;
             }
         }
         None => {
             thawed = model
                 .thaw(plan.train_modules()?.as_ref())
-                .map_err(of_method)?
+                .map_err(of_settings)?
         }
     }
 
@@ -337,7 +352,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
             summary.planned
         );
         println!("  peft train --resume {}", run.dir().display());
-        return Ok(());
+        std::process::exit(INTERRUPTED);
     }
     if !before.is_empty() {
         ask("after", &plan, &*model, &tokenizer)?;
@@ -346,6 +361,27 @@ pub(crate) fn run(args: Args) -> Result<()> {
     rows.judged(&run, &*model, &data, &plan)?;
     next(&run, &plan, task);
     Ok(())
+}
+
+/// Modules of a head that the checkpoint lacks, and that the adapter neither trains nor saves.
+fn left_at_random(model: &mut dyn Network) -> Vec<String> {
+    // Whole modules alone: an update of low rank does not make up for a random weight that no file has.
+    let all = model.trainable(NAME).into_iter();
+    let whole = all.filter(|it| it.name == "weight");
+    let trained: Vec<String> = whole.map(|it| it.at).collect();
+    let outline = model.outline();
+    let fresh = model.fresh().iter().map(|it| it.as_str());
+    let mut places: Vec<String> = fresh
+        .map(|name| match outline.sites.iter().any(|it| it.at == name) {
+            true => name,
+            false => name.rsplit_once('.').map_or(name, |it| it.0),
+        })
+        .filter(|at| outline.sites.iter().any(|it| it.at == *at))
+        .map(str::to_owned)
+        .collect();
+    places.dedup();
+    places.retain(|at| !trained.contains(at));
+    places
 }
 
 /// What the model is to learn: as asked, or what both the data and the model are for.
@@ -607,6 +643,22 @@ fn held_out(text: &str) -> Value {
 }
 
 fn placement(plan: &Plan) -> Result<Placement> {
+    let placed = placement_of(plan)?;
+    if plan.method()?.peft_type.is_some() {
+        return Ok(placed);
+    }
+    // A step is far smaller than a weight: of bf16's eight bits it would move none.
+    Ok(match plan.recipe.dtype.as_str() {
+        "auto" => Placement {
+            kind: tch::Kind::Float,
+            why: "so that small steps are not rounded away",
+            ..placed
+        },
+        _ => placed,
+    })
+}
+
+fn placement_of(plan: &Plan) -> Result<Placement> {
     #[derive(Debug, Parser)]
     struct Words {
         #[command(flatten)]
@@ -630,16 +682,6 @@ fn placement(plan: &Plan) -> Result<Placement> {
         usage(said.join(" ").trim_start_matches("error: "))
     })?;
     words.compute.place()
-}
-
-/// A mistake in the method's settings is one of usage.
-fn of_method(error: peft::Error) -> anyhow::Error {
-    match error {
-        peft::Error::Config { .. }
-        | peft::Error::Unsupported { .. }
-        | peft::Error::NoTarget { .. } => usage(error),
-        error => error.into(),
-    }
 }
 
 /// The data sets of a run.
@@ -953,7 +995,7 @@ fn overview(
     let kind = model.spec().model_type;
     let device = match place.device {
         Device::Cuda(i) => format!("cuda:{i}"),
-        _ => format!("cpu, {} threads", tch::get_num_threads()),
+        _ => format!("cpu, {}", plural(tch::get_num_threads() as usize, "thread")),
     };
     row(
         "model",
@@ -967,6 +1009,11 @@ fn overview(
         "computes",
         format!("in {} on {device} ({})", kind_name(place.kind), place.why),
     );
+    if !thawed.is_empty() && place.kind != tch::Kind::Float {
+        warn(
+            "weights are trained in 16 bits: steps below about 1/256 of a weight are rounded away; `--dtype fp32` keeps them",
+        );
+    }
     row("task", model.task());
     if !model.fresh().is_empty() {
         row(
@@ -985,9 +1032,9 @@ fn overview(
     row(
         "method",
         format!(
-            "{} at {} places · {}",
+            "{} at {}{}",
             plan.method()?.title,
-            places.len(),
+            plural(places.len(), "place"),
             method_line(plan)
         ),
     );
@@ -1018,6 +1065,12 @@ fn overview(
             settings.seed
         ),
     );
+    if settings.warmup(total) >= total {
+        warn(&format!(
+            "the rate rises for {} steps and the run has {total}: it never gets to its peak",
+            settings.warmup(total)
+        ));
+    }
     let usual = plan.method()?.learning_rate;
     if settings.learning_rate > 20.0 * usual {
         warn(&format!(
@@ -1076,9 +1129,8 @@ fn method_line(plan: &Plan) -> String {
             .map_or_else(|| value.to_string(), str::to_owned)
     };
     settings
-        .map(|(key, value)| format!("{key} {}", text(value)))
-        .collect::<Vec<_>>()
-        .join(" · ")
+        .map(|(key, value)| format!(" · {key} {}", text(value)))
+        .collect()
 }
 
 /// As Python's `print_trainable_parameters` says it; all are the base's and the adapter's.
@@ -1265,7 +1317,7 @@ fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
     let set = stop.clone();
     ctrlc::set_handler(move || {
         if set.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
+            std::process::exit(INTERRUPTED);
         }
         eprintln!("\nstopping after this step; once more to stop at once");
     })
@@ -1291,16 +1343,12 @@ fn outcome(run: &Run, summary: &Summary, adapter: bool) {
         ),
     );
     if let (Some(before), Some(after)) = (summary.first_eval, summary.last_eval) {
-        let loss = format!("{before:.4} → {after:.4}");
-        row(
-            "held out",
-            format!(
-                "loss {} · perplexity {:.2} → {:.2}",
-                style(loss).green().bold(),
-                before.exp(),
-                after.exp()
-            ),
-        );
+        let loss = style(format!("{before:.4} → {after:.4}")).green().bold();
+        let perplexity = match summary.figures.is_empty() {
+            true => format!(" · perplexity {:.2} → {:.2}", before.exp(), after.exp()),
+            false => String::new(), // classes and numbers have figures of their own
+        };
+        row("held out", format!("loss {loss}{perplexity}"));
     }
     if let Some(best) = summary.best {
         row(
@@ -1333,5 +1381,10 @@ fn next(run: &Run, plan: &Plan, task: Task) {
     if task == Task::CausalLm {
         println!("  peft chat {dir}");
     }
-    println!("  peft eval {dir} --data {file}\n  peft merge {dir} --out {dir}-merged");
+    println!("  peft eval {dir} --data {file}");
+    let virtual_tokens = ["prefix", "prompt", "p-tuning"];
+    let method = plan.recipe.method.as_str();
+    if method != "full" && !virtual_tokens.contains(&method) {
+        println!("  peft merge {dir} --out {dir}-merged");
+    }
 }

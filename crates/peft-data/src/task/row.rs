@@ -365,6 +365,11 @@ fn choice<'a>(
         quoted(row.keys()),
         quoted(known)
     );
+    let joined = |it: &String| it.contains([';', '\t', '|']);
+    if row.len() == 1 && row.keys().any(joined) {
+        text.push_str("; cells have commas between them in .csv, tabs in .tsv");
+        return text;
+    }
     for wanted in known {
         if let Some(near) = nearest(wanted, row.keys().map(String::as_str)) {
             text.push_str(&format!("; did `{near}` mean `{wanted}`?"));
@@ -392,11 +397,20 @@ fn missing(what: &str, key: &str, row: &Object) -> String {
     text
 }
 
+/// What the rows before have and this one has not; of its keys those are left that were not read.
+fn lacking(what: &str, key: &str, row: &Object) -> String {
+    let mut text = format!("no {what}: `{key}` is missing in this row");
+    if let Some(near) = nearest(key, row.keys().map(String::as_str)) {
+        text.push_str(&format!("; did `{near}` mean `{key}`?"));
+    }
+    text
+}
+
 fn string(row: &mut Object, key: &str) -> Result<String, String> {
     match row.shift_remove(key) {
         Some(Value::String(text)) => Ok(text),
         Some(other) => Err(format!("`{key}` must be a string, not {}", kind(&other))),
-        None => Err(missing("text", key, row)),
+        None => Err(lacking("text", key, row)),
     }
 }
 
@@ -411,7 +425,7 @@ fn full(row: &mut Object, key: &str) -> Result<String, String> {
 
 fn label_of(row: &mut Object, key: &str, table: bool) -> Result<Label, String> {
     match row.shift_remove(key) {
-        None => Err(missing("label", key, row)),
+        None => Err(lacking("label", key, row)),
         Some(Value::Null) => Err(format!("`{key}` is null, a text without a label")),
         Some(Value::String(cell)) if table && key == "labels" => Ok(Label::Names(several(&cell))),
         Some(Value::String(cell)) if table => match cell.is_empty() {
@@ -492,7 +506,7 @@ fn words(row: &mut Object, words: &str, tags: Option<&str>, table: bool) -> Resu
             .collect()),
         Some(Value::Null) => Err(format!("`{key}` is null, expected a list")),
         Some(other) => Err(format!("`{key}` must be a list, not {}", kind(&other))),
-        None => Err(missing(what, key, row)),
+        None => Err(lacking(what, key, row)),
     };
     let words_of = list(words, "words")?;
     if words_of.is_empty() {
@@ -520,6 +534,9 @@ fn words(row: &mut Object, words: &str, tags: Option<&str>, table: bool) -> Resu
     };
     let read_tag = |(at, value): (usize, &Value)| match one(value) {
         Some(Label::Name(cell)) if table => Ok(Label::Cell(cell)),
+        Some(Label::Int(number)) if number < 0 => Err(format!(
+            "`{tags}`[{at}] is {number}: classes are counted from 0, and each word has one"
+        )),
         Some(tag @ (Label::Name(_) | Label::Int(_))) => Ok(tag),
         _ => Err(format!(
             "`{tags}`[{at}] must be a name or an integer, not {value}"

@@ -268,6 +268,11 @@ impl Plan {
                 .map(|it| it.name)
                 .collect::<Vec<_>>()
         };
+        if key == "methods" {
+            return Err(usage(
+                "`methods` is a list for `peft compare`; a run has one `method`",
+            ));
+        }
         let others = of_others();
         if others.is_empty() {
             return Err(usage(format!("unknown setting `{key}`{hint}")));
@@ -319,6 +324,14 @@ impl Plan {
         if self.method()?.keys()?.contains_key("total_step") && !json.contains_key("total_step") {
             json.insert("total_step".into(), total.into());
         }
+        let number = |key: &str| json.get(key).and_then(Value::as_i64);
+        if tag == "ADALORA" && number("total_step").unwrap_or(0) - number("tfinal").unwrap_or(0) < 2
+        {
+            return Err(usage(format!(
+                "AdaLoRA takes ranks away by what it saw of them in the steps before: with {} of them (less `tfinal`) there is none",
+                number("total_step").unwrap_or(0)
+            )));
+        }
         json.insert("peft_type".into(), tag.into());
         json.insert("task_type".into(), task_type.into());
         json.insert(
@@ -329,7 +342,17 @@ impl Plan {
         if json.get("label_words").is_some_and(|it| !it.is_null()) {
             return self.begin_at_labels(json, tokenizer).map(Some);
         }
-        if json.get("prompt_tuning_init").and_then(Value::as_str) == Some("TEXT") {
+        let begins = json.get("prompt_tuning_init").and_then(Value::as_str);
+        if begins != Some("TEXT")
+            && json
+                .get("prompt_tuning_init_text")
+                .is_some_and(|it| !it.is_null())
+        {
+            return Err(usage(
+                "`prompt_tuning_init_text` is where to begin with `prompt_tuning_init=TEXT`, which is not set",
+            ));
+        }
+        if begins == Some("TEXT") {
             return self.begin_at_text(json, tokenizer).map(Some);
         }
         let tuner = peft::builtin().parse(Value::Object(json)).map_err(usage)?;
@@ -392,11 +415,22 @@ impl Plan {
     pub(crate) fn prefix_text(&self, tokenizer: &Tokenizer) -> Result<Option<Vec<u32>>> {
         match self.recipe.options.get(PREFIX_INIT_TEXT) {
             None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) if text.trim().is_empty() => {
+                Err(usage(format!("setting `{PREFIX_INIT_TEXT}` is empty")))
+            }
             Some(Value::String(text)) => Ok(Some(tokenizer.encode(text, true)?)),
             Some(other) => Err(usage(format!(
                 "setting `{PREFIX_INIT_TEXT}`: {other} is no text"
             ))),
         }
+    }
+
+    /// Trains and saves these modules whole, besides what is saved already.
+    pub(crate) fn also_save(&mut self, modules: Vec<String>) -> Result<()> {
+        let asked = self.recipe.options.get("modules_to_save");
+        let mut all: Vec<Value> = asked.and_then(Value::as_array).cloned().unwrap_or_default();
+        all.extend(modules.into_iter().map(Value::from));
+        self.set_option("modules_to_save", Value::Array(all))
     }
 
     /// What full fine-tuning trains; `None`: everything.
