@@ -151,7 +151,7 @@ fn a_merged_folder_computes_what_python_merged() {
     let merged = merged.to_str().unwrap();
     let out = peft(["merge", "fixtures/lora/llama__r3", "--out", merged]).ok();
     assert!(
-        out.contains("logits moved by") && out.contains(&format!("peft chat {merged}")),
+        out.contains("moved the logits by") && out.contains(&format!("peft chat {merged}")),
         "{out}"
     );
 

@@ -7,8 +7,9 @@ use std::fs;
 use common::{TEXT, fed, peft};
 
 /// Commands whose help is kept as a file: what a user reads is part of the product.
-const KEPT: [&str; 7] = [
-    "generate", "chat", "merge", "check", "info", "import", "forward",
+const KEPT: [&str; 10] = [
+    "compare", "generate", "chat", "merge", "combine", "convert", "check", "info", "import",
+    "forward",
 ];
 
 #[test]

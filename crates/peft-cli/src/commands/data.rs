@@ -4,10 +4,18 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use console::style;
-use peft::data::{Options, pieces};
+use peft::{
+    data::{Options, TaskOptions, pieces, prepare_task},
+    models::Task,
+};
 
-use super::train::{cache_dir, describe, format, load, positions, screen::paint};
-use crate::{error::usage, sources::SourceArgs};
+use super::train::{
+    cache_dir, describe, describe_task, format, load, positions, screen::paint, show_row, task_for,
+};
+use crate::{
+    error::usage,
+    sources::{SourceArgs, Sources},
+};
 
 /// Flags of `peft data`.
 #[derive(Debug, clap::Args)]
@@ -15,9 +23,12 @@ use crate::{error::usage, sources::SourceArgs};
 pub(crate) struct Args {
     #[command(flatten)]
     source: SourceArgs,
-    /// Rows to look at: .jsonl, .json or .txt; several files may be given
+    /// Rows to look at: .jsonl, .json, .csv, .tsv or .txt; several files may be given
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     data: Vec<PathBuf>,
+    /// What they are for: CAUSAL_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS, SEQ_2_SEQ_LM, MASKED_LM [default: found out]
+    #[arg(long, value_name = "TASK", conflicts_with_all = ["format", "train_on_prompt"])]
+    task: Option<String>,
     /// Rows to show
     #[arg(long, value_name = "N", default_value_t = 3)]
     rows: usize,
@@ -49,6 +60,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let tokenizer = sources.tokenizer()?;
     let usual =
         || Ok::<_, anyhow::Error>(positions(&sources.base)?.map_or(1024, |most| most.min(1024)));
+    let task = match (&args.task, sources.task, &args.format) {
+        (None, Some(task), _) => task,
+        (None, None, Some(_)) => Task::CausalLm, // the formats that can be named are those of texts to go on with
+        (asked, _, _) => task_for(asked.as_deref(), &args.data, &sources)?,
+    };
+    if task != Task::CausalLm {
+        return of_task(&args, &sources, task);
+    }
     let options = Options {
         format: format(args.format.as_deref())?,
         max_length: args.max_length.map_or_else(usual, Ok)?,
@@ -95,6 +114,38 @@ pub(crate) fn run(args: Args) -> Result<()> {
         } else {
             println!("{}", paint(&pieces, "│").trim_end_matches('\n'));
         }
+    }
+    Ok(())
+}
+
+/// Rows of another task.
+fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
+    if args.ids {
+        return Err(usage(format!(
+            "`--ids` is for texts to go on with; of rows for {task} the tokens are shown with their labels"
+        )));
+    }
+    let tokenizer = sources.tokenizer()?;
+    let mut options = TaskOptions::of(task.name().parse()?);
+    let usual = || -> Result<usize> {
+        let most = positions(&sources.base)?;
+        Ok(most.map_or(options.max_length, |it| it.min(options.max_length)))
+    };
+    options.max_length = args.max_length.map_or_else(usual, Ok)?;
+    let data = prepare_task(&args.data, &tokenizer, &options, &|_| {})?;
+    println!("  {} {task}", style(format!("{:<10}", "task")).bold());
+    describe_task("data", &data, options.max_length);
+    let begin = args.from.checked_sub(1).filter(|it| *it < data.len());
+    let Some(begin) = begin else {
+        return Err(usage(format!(
+            "no row {}: there are {}, counted from 1",
+            args.from,
+            data.len()
+        )));
+    };
+    for at in begin..data.len().min(begin.saturating_add(args.rows)) {
+        println!("\n{}", style(format!("row {}", at + 1)).bold());
+        show_row(&data, &tokenizer, at, usize::MAX)?;
     }
     Ok(())
 }

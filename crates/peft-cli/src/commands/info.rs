@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use peft::{
     core::{Adapter, ModelExt, Tuner},
     models::{
@@ -18,7 +18,7 @@ use crate::{
     commands::check::plain_table,
     error::usage,
     methods::{METHODS, Method},
-    sources::{base_of, task_of},
+    sources::{FULL, base_of, task_of},
     terminal::{bytes, grouped},
 };
 
@@ -44,6 +44,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     if dir.join("adapter_config.json").is_file() {
         return adapter(dir);
+    }
+    if dir.is_dir() && !dir.join("config.json").is_file() {
+        bail!(
+            "`{}` holds no run (run.json), no adapter (adapter_config.json) and no model (config.json)",
+            args.what
+        );
     }
     let source = Source::find(&args.what)?;
     // A mistake in what was typed is said before anything is loaded.
@@ -268,6 +274,11 @@ fn run_folder(run: &Run) -> Result<()> {
     line("base", &info.base_model);
     line("dtype", &info.dtype);
     println!();
+    if info.method == FULL {
+        line("model", run.adapter().display());
+        line("trained", "the model itself (full fine-tuning)");
+        return Ok(());
+    }
     adapter(&run.adapter())
 }
 

@@ -79,7 +79,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         grouped(parameters(&mut *model)),
         kind_name(model.kind()),
     );
-    println!("logits moved by {change:.1e} at most, the largest is {largest:.1}");
+    println!(
+        "merging moved the logits by {change:.1e} at most (rounding), the largest is {largest:.1}"
+    );
     if task == Task::CausalLm {
         println!("\nNext:\n  peft chat {}", args.out.display());
     }

@@ -386,6 +386,15 @@ fn left_at_random(model: &mut dyn Network) -> Vec<String> {
 
 /// What the model is to learn: as asked, or what both the data and the model are for.
 fn task_of(plan: &Plan, sources: &Sources) -> Result<Task> {
+    let recipe = &plan.recipe;
+    if recipe.task.is_none() && recipe.format.is_some() {
+        return Ok(Task::CausalLm); // the formats that can be named are those of texts to go on with
+    }
+    task_for(recipe.task.as_deref(), &recipe.data, sources)
+}
+
+/// The task that was asked for, or what both the data and the model are for.
+pub(crate) fn task_for(asked: Option<&str>, data: &[PathBuf], sources: &Sources) -> Result<Task> {
     let config = sources.base.config()?;
     let kind = config.get("model_type").and_then(|it| it.as_str());
     let kind = kind.unwrap_or_default();
@@ -396,7 +405,7 @@ fn task_of(plan: &Plan, sources: &Sources) -> Result<Task> {
             .collect::<Vec<_>>()
             .join(", ")
     };
-    if let Some(asked) = &plan.recipe.task {
+    if let Some(asked) = asked {
         let task: Task = asked.parse().map_err(usage)?;
         if task == Task::FeatureExtraction {
             return Err(usage(
@@ -411,10 +420,7 @@ fn task_of(plan: &Plan, sources: &Sources) -> Result<Task> {
         }
         return Ok(task);
     }
-    if plan.recipe.format.is_some() {
-        return Ok(Task::CausalLm); // the formats that can be named are those of texts to go on with
-    }
-    let found = match detect_task(&plan.recipe.data, &Columns::default()) {
+    let found = match detect_task(data, &Columns::default()) {
         Ok(found) => found,
         // What is wrong with a file of texts is said where such files are read.
         Err(_) if offered.contains(&Task::CausalLm) => return Ok(Task::CausalLm),
@@ -834,30 +840,10 @@ impl Loaded {
             return first_row(tokenizer, data);
         };
         println!("\n{}", style("The first row as the model sees it").bold());
-        let Some(&at) = data.train.indices().first() else {
-            return Ok(());
-        };
-        let shown = all.show(tokenizer, at)?;
-        let token = |piece: &peft::data::TaskPiece| match &piece.label {
-            Some(label) => format!("{}⟨{label}⟩", piece.token),
-            None => piece.token.clone(),
-        };
-        let line = |pieces: &[peft::data::TaskPiece]| {
-            let all = pieces.iter().take(FIRST_TOKENS).map(token);
-            all.collect::<Vec<_>>().join(" ")
-        };
-        println!("  {}", line(&shown.pieces));
-        if let Some(label) = &shown.label {
-            println!("  {} {}", style("label").dim(), style(label).green());
+        match data.train.indices().first() {
+            Some(&at) => show_row(all, tokenizer, at, FIRST_TOKENS),
+            None => Ok(()),
         }
-        if !shown.target.is_empty() {
-            println!(
-                "  {} {}",
-                style("target").dim(),
-                style(line(&shown.target)).green()
-            );
-        }
-        Ok(())
     }
 
     /// What a model is judged by at each evaluation besides the loss.
@@ -896,6 +882,36 @@ impl Loaded {
         }
         Ok(())
     }
+}
+
+/// A row of a task: its tokens, with labels where they have some, its label or its target.
+pub(crate) fn show_row(
+    data: &TaskDataset,
+    tokenizer: &Tokenizer,
+    at: usize,
+    most: usize,
+) -> Result<()> {
+    let shown = data.show(tokenizer, at)?;
+    let token = |piece: &peft::data::TaskPiece| match &piece.label {
+        Some(label) => format!("{}⟨{label}⟩", piece.token),
+        None => piece.token.clone(),
+    };
+    let line = |pieces: &[peft::data::TaskPiece]| {
+        let all = pieces.iter().take(most).map(token);
+        all.collect::<Vec<_>>().join(" ")
+    };
+    println!("  {}", line(&shown.pieces));
+    if let Some(label) = &shown.label {
+        println!("  {} {}", style("label").dim(), style(label).green());
+    }
+    if !shown.target.is_empty() {
+        println!(
+            "  {} {}",
+            style("target").dim(),
+            style(line(&shown.target)).green()
+        );
+    }
+    Ok(())
 }
 
 /// Tokens of a first row that are shown.
