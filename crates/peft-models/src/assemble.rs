@@ -212,7 +212,8 @@ pub(crate) fn network(
     }
     let body = body(keys, weights)?;
     let like = body.table().weight();
-    let mut maker = Maker::new(weights, like, std(keys)?, options.seed);
+    // The adapter begins with the run's seed, too, and must not begin with the numbers of the head.
+    let mut maker = Maker::new(weights, like, std(keys)?, options.seed ^ HEAD_SEED);
     let asked = Asked {
         task,
         labels: classes.as_ref().map_or(2, |it| it.names.len() as i64),
@@ -342,6 +343,9 @@ fn decoder_head(keys: &Keys, asked: &Asked, hidden: i64, maker: &mut Maker<'_>) 
         _ => Head::Bare { pooler: None },
     })
 }
+
+/// What tells the random numbers of a head from those of other things with the same seed.
+const HEAD_SEED: u64 = 0x6865_6164;
 
 /// The width of the distribution that a fresh head is drawn from.
 fn std(keys: &Keys) -> Result<f64> {
