@@ -1,0 +1,221 @@
+//! To 4 bits and back.
+//!
+//! Two numbers make a byte, the first in the high half. Blocks are cut out of the flat tensor; only the last may be short.
+
+use rayon::prelude::*;
+
+#[cfg(target_arch = "x86_64")]
+use crate::simd;
+use crate::{
+    element::Element,
+    error::{Result, length},
+    table::{Block, Compat, Decision, Type},
+};
+
+/// Which instructions compute. All levels give the same bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Level {
+    /// One number at a time: what the others are compared with.
+    Scalar,
+    /// AVX2 and F16C.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+}
+
+impl Level {
+    /// The best of this processor.
+    pub fn best() -> Level {
+        *Level::all().last().unwrap_or(&Level::Scalar)
+    }
+
+    /// All that this processor has, the slowest first.
+    pub fn all() -> Vec<Level> {
+        let mut all = vec![Level::Scalar];
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            if has!("avx2") && has!("f16c") {
+                all.push(Level::Avx2);
+                if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
+                    all.push(Level::Avx512);
+                }
+            }
+        }
+        all
+    }
+}
+
+/// A tensor in 4 bits.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Packed {
+    /// Two codes a byte, `⌈n / 2⌉`.
+    pub bytes: Vec<u8>,
+    /// The scale of each block.
+    pub absmax: Vec<f32>,
+}
+
+/// Numbers in a piece of work of one core.
+const PIECE: usize = 1 << 16;
+
+/// Quantises a flat tensor.
+pub fn quantise<T: Element>(values: &[T], kind: Type, block: Block, compat: Compat) -> Packed {
+    quantise_at(Level::best(), values, kind, block, compat)
+}
+
+/// [`quantise`] with given instructions, which the processor must have ([`Level::all`]); others are replaced by its best.
+pub fn quantise_at<T: Element>(
+    level: Level,
+    values: &[T],
+    kind: Type,
+    block: Block,
+    compat: Compat,
+) -> Packed {
+    let level = level.min(Level::best());
+    let decision = Decision::of(kind, compat);
+    let mut bytes = vec![0; values.len().div_ceil(2)];
+    let mut absmax = vec![0.0; block.count(values.len())];
+    let pieces = values
+        .par_chunks(PIECE)
+        .zip(bytes.par_chunks_mut(PIECE / 2));
+    let pieces = pieces.zip(absmax.par_chunks_mut(PIECE / block.size()));
+    pieces.for_each(|((values, bytes), absmax)| {
+        let blocks = values.chunks(block.size());
+        let blocks = blocks.zip(bytes.chunks_mut(block.size() / 2)).zip(absmax);
+        for ((values, bytes), absmax) in blocks {
+            *absmax = encode(level, &decision, compat, values, bytes, block.size());
+        }
+    });
+    Packed { bytes, absmax }
+}
+
+/// Quantises one block and gives its scale.
+fn encode<T: Element>(
+    level: Level,
+    decision: &Decision,
+    compat: Compat,
+    values: &[T],
+    bytes: &mut [u8],
+    size: usize,
+) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if level > Level::Scalar && values.len() == size {
+        // Nothing unusual in it, or the scalar form has to decide.
+        if let Some(absmax) = simd::encode(level, decision, values, bytes) {
+            return absmax;
+        }
+    }
+    let _ = level;
+    encode_scalar(decision, compat, values, bytes, size)
+}
+
+fn encode_scalar<T: Element>(
+    decision: &Decision,
+    compat: Compat,
+    values: &[T],
+    bytes: &mut [u8],
+    size: usize,
+) -> f32 {
+    let magnitudes = values.iter().map(|it| it.wide().abs());
+    let mut absmax = match compat {
+        Compat::Cuda => magnitudes.fold(0.0, f32::max), // of a number and of what is none it takes the number
+        Compat::Cpu => magnitudes.fold(0.0, |a: f32, b| if a.is_nan() || b <= a { a } else { b }),
+    };
+    let short = values.len() < size;
+    let scaled: &dyn Fn(f32) -> f32 = match compat {
+        Compat::Cuda => {
+            let scale = 1.0 / absmax;
+            &move |x| x * scale
+        }
+        Compat::Cpu if short => {
+            if absmax < SMALLEST {
+                absmax = SMALLEST; // and so it is stored
+            }
+            &move |x| (x / absmax).clamp(-1.0, 1.0)
+        }
+        Compat::Cpu => {
+            let least = if absmax < SMALLEST { SMALLEST } else { absmax };
+            let scale = 1.0 / least;
+            &move |x| (x * scale).clamp(-1.0, 1.0)
+        }
+    };
+    let code = |x: f32| decision.code(scaled(x));
+    for (pair, byte) in values.chunks(2).zip(bytes) {
+        let second = match pair.get(1) {
+            Some(x) => code(x.wide()),
+            None => match compat {
+                Compat::Cuda => code(0.0),         // the lane beyond the end holds zero
+                Compat::Cpu => decision.code(0.0), // the scaled numbers are padded
+            },
+        };
+        *byte = code(pair[0].wide()) << 4 | second;
+    }
+    absmax
+}
+
+/// Below this the CPU path takes a scale for this.
+const SMALLEST: f32 = 1e-38;
+
+/// Decodes into `out`, which has as many numbers as were quantised.
+pub fn dequantise<T: Element>(
+    bytes: &[u8],
+    absmax: &[f32],
+    kind: Type,
+    block: Block,
+    out: &mut [T],
+) -> Result<()> {
+    dequantise_at(Level::best(), bytes, absmax, kind, block, out)
+}
+
+/// [`dequantise`] with given instructions, which the processor must have ([`Level::all`]); others are replaced by its best.
+pub fn dequantise_at<T: Element>(
+    level: Level,
+    bytes: &[u8],
+    absmax: &[f32],
+    kind: Type,
+    block: Block,
+    out: &mut [T],
+) -> Result<()> {
+    length("packed bytes", out.len().div_ceil(2), bytes.len())?;
+    length("scales", block.count(out.len()), absmax.len())?;
+    let level = level.min(Level::best());
+    let table = kind.table();
+    let pieces = out.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE / 2));
+    let pieces = pieces.zip(absmax.par_chunks(PIECE / block.size()));
+    pieces.for_each(|((out, bytes), absmax)| {
+        let mut done = 0; // blocks
+        #[cfg(target_arch = "x86_64")]
+        if level == Level::Avx512 {
+            done = simd::decode_blocks(table, absmax, bytes, out, block.size());
+        }
+        let (out, bytes) = (
+            &mut out[done * block.size()..],
+            &bytes[done * block.size() / 2..],
+        );
+        let blocks = out
+            .chunks_mut(block.size())
+            .zip(bytes.chunks(block.size() / 2));
+        for ((out, bytes), absmax) in blocks.zip(&absmax[done..]) {
+            decode(level, table, *absmax, bytes, out);
+        }
+    });
+    Ok(())
+}
+
+/// Decodes one block: its 16 products are computed and rounded once.
+fn decode<T: Element>(level: Level, table: &[f32; 16], absmax: f32, bytes: &[u8], out: &mut [T]) {
+    let products = table.map(|value| T::round(value * absmax));
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if level > Level::Scalar {
+        done = simd::decode(&products, bytes, out);
+    }
+    let _ = level;
+    let rest = out[done..].chunks_mut(2).zip(&bytes[done / 2..]);
+    for (pair, byte) in rest {
+        pair[0] = products[usize::from(byte >> 4)];
+        if let Some(second) = pair.get_mut(1) {
+            *second = products[usize::from(byte & 15)];
+        }
+    }
+}
