@@ -106,6 +106,8 @@ struct Outcome {
     trainable: i64,
     /// Bytes of the weights that are saved.
     saved: u64,
+    /// The number format that it computed in.
+    dtype: String,
     /// Bytes in use at most, where the system tells.
     peak_memory: Option<u64>,
     /// Of a step, the median.
@@ -580,6 +582,7 @@ impl Outcome {
             name: candidate.name.clone(),
             trainable: trainable.context("`run.json` does not say how much was trained")?,
             saved: weights(&run.adapter())?,
+            dtype: info.dtype,
             peak_memory: info.summary.and_then(|it| it.peak_memory),
             seconds: seconds.get(seconds.len() / 2).copied(),
             losses,
@@ -600,6 +603,7 @@ impl Outcome {
             self.name.clone(),
             grouped(self.trainable),
             bytes(self.saved),
+            self.dtype.clone(),
             self.peak_memory.map_or_else(missing, bytes),
             self.seconds.map_or_else(missing, |it| format!("{it:.3} s")),
             last(&self.losses),
@@ -670,6 +674,7 @@ impl Comparison {
             "method",
             "trained",
             "saved",
+            "in",
             "memory",
             "step",
             "loss",
@@ -681,7 +686,7 @@ impl Comparison {
         let mut table = plain_table();
         table.set_header(head.clone());
         let mut page = format!(
-            "# {}\n\nOne row a method: parameters trained, weights saved, memory in use at most, median time of a step, loss on \
+            "# {}\n\nOne row a method: parameters trained, weights saved, the number format, memory in use at most, median time of a step, loss on \
              the held-out rows at the end and at its lowest (and after which step).\n\n| {} |\n|{}\n",
             dir.display(),
             head.join(" | "),
