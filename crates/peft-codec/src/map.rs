@@ -141,7 +141,7 @@ pub fn quantise_blockwise(values: &[f32], map: &Map, block: usize, compat: Compa
     Quantised { codes, absmax }
 }
 
-/// The way back: map[code] · absmax.
+/// The way back: `map[code] · absmax`.
 pub fn dequantise_blockwise(
     codes: &[u8],
     absmax: &[f32],

@@ -46,7 +46,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         (None, None) => return Err(usage("say `--rank N` or `--keep X`")),
     };
     let sources = args.source.find()?;
-    if let [] = sources.adapters.as_slice() {
+    if sources.adapters.is_empty() {
         return Err(usage(
             "nothing to convert: give a run with an adapter, an adapter folder, or a model with `--adapter`",
         ));
