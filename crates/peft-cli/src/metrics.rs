@@ -7,7 +7,8 @@
 //! | numbers | mean squared and absolute error, correlation |
 //! | classes of tokens | accuracy, F1 of entities where tags are in IOB form |
 //! | answers in a text | exact match and F1 of words, as SQuAD has them |
-//! | hidden words, texts for texts | perplexity, which is e to the power of the loss |
+//! | hidden words | perplexity, which is e to the power of the loss |
+//! | texts for texts | the same; `peft eval` writes them, too, and measures BLEU and ROUGE |
 
 use std::collections::BTreeMap;
 

@@ -2,19 +2,23 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, Table, presets};
 use console::style;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{
     Ctx, Decoder, ModelExt, Settings,
-    data::{Options, TaskOptions, prepare_task},
-    models::{Classes, Problem, Task},
+    data::{Options, Target, TaskDataset, TaskOptions, Tokenizer, prepare_task},
+    metrics::{Words, bleu, rouge},
+    models::{Classes, Problem, Sampling, Seq2Seq, Task},
     train::{Batch, Evaluation, Rows, evaluate, loss},
 };
 
+use serde_json::{Map, Value};
+
 use super::train::{cache_dir, format, load, positions};
 use crate::{
+    answer::{Writer, answers as answer_all},
     args::{Compute, kind_name},
     error::usage,
     metrics::judge,
@@ -163,7 +167,11 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
     for file in &args.data {
         let data = prepare_task(std::slice::from_ref(file), &tokenizer, &options, &|_| {})?;
         let rows: Vec<usize> = (0..data.len()).collect();
-        let judged = judge(&*model, &data, &rows, usize::from(args.batch_size))?;
+        let mut judged = judge(&*model, &data, &rows, usize::from(args.batch_size))?;
+        if let Some(writer) = model.seq2seq() {
+            let texts = written(writer, &data, &tokenizer, usize::from(args.batch_size))?;
+            judged.figures.extend(texts);
+        }
         if args.json {
             let mut line = serde_json::json!({
                 "file": file,
@@ -190,6 +198,47 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Most tokens of a text that is written to be measured.
+const LONGEST: usize = 128;
+
+/// What the texts are worth that a model writes for the sources, each token the best: BLEU (0 to 100) and the F of ROUGE (0 to 1).
+fn written(
+    model: &dyn Seq2Seq,
+    data: &TaskDataset,
+    tokenizer: &Tokenizer,
+    size: usize,
+) -> Result<Map<String, Value>> {
+    let sampling = Sampling {
+        max_new_tokens: LONGEST,
+        stop_ids: tokenizer.eos_ids().to_vec(),
+        ..Sampling::default()
+    };
+    let (mut sources, mut references) = (Vec::new(), Vec::new());
+    for at in 0..data.len() {
+        let row = data.get(at).context("a row that is there")?;
+        if let Target::Sequence(ids) = row.target {
+            sources.push(row.ids.to_vec());
+            references.push(vec![tokenizer.decode(ids, true)?]);
+        }
+    }
+    if sources.is_empty() {
+        return Ok(Map::new());
+    }
+    let mut answers = Vec::new();
+    for some in sources.chunks(size.max(1)) {
+        for reply in answer_all(Writer::Seq2Seq(model), tokenizer, some, &sampling, &[])? {
+            answers.push(reply.text);
+        }
+    }
+    let overlaps = rouge(&references, &answers, Words::default())?;
+    Ok(Map::from_iter([
+        ("bleu".to_owned(), bleu(&references, &answers)?.score.into()),
+        ("rouge1".to_owned(), overlaps.rouge1.f.into()),
+        ("rouge2".to_owned(), overlaps.rouge2.f.into()),
+        ("rougeL".to_owned(), overlaps.rouge_l.f.into()),
+    ]))
 }
 
 /// A file, its loss with the adapters, and without them where there are any.
