@@ -295,18 +295,24 @@ impl Sources {
                     .with_context(|| format!("adapter `{}`", dir.display()));
             }
         }
+        match task_of(&self.base.config()?) {
+            Some(own) => Ok(own),
+            None => Ok(self.offered()?.1.first().copied().unwrap_or(Task::CausalLm)),
+        }
+    }
+
+    /// The type of the base, and what models of it are for; nothing of a type that is not known.
+    pub(crate) fn offered(&self) -> Result<(String, &'static [Task])> {
         let config = self.base.config()?;
         let kind = config.get("model_type").and_then(|it| it.as_str());
-        Ok(task_of(&config)
-            .or_else(|| tasks(kind.unwrap_or_default()).first().copied())
-            .unwrap_or(Task::CausalLm))
+        let kind = kind.unwrap_or_default().to_owned();
+        let offered = tasks(&kind);
+        Ok((kind, offered))
     }
 
     /// An error unless this is a model that goes on with texts.
     pub(crate) fn must_talk(&self) -> Result<()> {
-        let config = self.base.config()?;
-        let kind = config.get("model_type").and_then(|it| it.as_str());
-        let offered = tasks(kind.unwrap_or_default());
+        let (_, offered) = self.offered()?;
         let task = self.task(None)?;
         // What is wrong with a model that is not known is said where it is loaded.
         if offered.is_empty() || task == Task::CausalLm {

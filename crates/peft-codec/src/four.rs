@@ -83,7 +83,7 @@ pub fn quantise_at<T: Element>(
         let blocks = values.chunks(block.size());
         let blocks = blocks.zip(bytes.chunks_mut(block.size() / 2)).zip(absmax);
         for ((values, bytes), absmax) in blocks {
-            *absmax = encode(level, &decision, compat, values, bytes, block.size());
+            *absmax = encode(level, &decision, values, bytes, block.size());
         }
     });
     Packed { bytes, absmax }
@@ -93,7 +93,6 @@ pub fn quantise_at<T: Element>(
 fn encode<T: Element>(
     level: Level,
     decision: &Decision,
-    compat: Compat,
     values: &[T],
     bytes: &mut [u8],
     size: usize,
@@ -106,17 +105,17 @@ fn encode<T: Element>(
         }
     }
     let _ = level;
-    encode_scalar(decision, compat, values, bytes, size)
+    encode_scalar(decision, values, bytes, size)
 }
 
 fn encode_scalar<T: Element>(
     decision: &Decision,
-    compat: Compat,
     values: &[T],
     bytes: &mut [u8],
     size: usize,
 ) -> f32 {
     let magnitudes = values.iter().map(|it| it.wide().abs());
+    let compat = decision.compat;
     let mut absmax = match compat {
         Compat::Cuda => magnitudes.fold(0.0, f32::max), // of a number and of what is none it takes the number
         Compat::Cpu => magnitudes.fold(0.0, |a: f32, b| if a.is_nan() || b <= a { a } else { b }),

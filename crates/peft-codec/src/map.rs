@@ -164,15 +164,7 @@ pub fn dequantise_blockwise(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn crc32(bytes: impl IntoIterator<Item = u8>) -> u32 {
-        let step = |crc: u32, byte: u8| {
-            (0..8).fold(crc ^ u32::from(byte), |crc, _| {
-                (crc >> 1) ^ (0xedb8_8320 & (0u32.wrapping_sub(crc & 1)))
-            })
-        };
-        !bytes.into_iter().fold(!0, step)
-    }
+    use crate::table::tests::crc32;
 
     #[test]
     fn the_maps_are_those_of_bitsandbytes() {

@@ -81,6 +81,8 @@ pub(crate) struct Decision {
     pub(crate) order: [u8; 16],
     /// Of what is no number.
     pub(crate) nan: u8,
+    /// Whose it is.
+    pub(crate) compat: Compat,
 }
 
 impl Decision {
@@ -100,6 +102,7 @@ impl Decision {
             thresholds: all,
             order,
             nan,
+            compat,
         }
     }
 
@@ -223,7 +226,7 @@ fn fp4_by_value() -> ([f32; 15], [u8; 16]) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// CRC-32 (IEEE), bit by bit.

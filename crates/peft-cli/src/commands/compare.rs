@@ -326,7 +326,6 @@ fn candidates(pairs: Vec<(String, Value)>, flags: &[String]) -> Result<Vec<Candi
 fn is_of_all(key: &str) -> bool {
     let budget = [
         "seed",
-        "data_seed",
         "max_steps",
         "num_train_epochs",
         "per_device_train_batch_size",

@@ -27,7 +27,7 @@ use peft::{
         Columns, Dataset, Format, Message, Options, Pass, TaskDataset, TaskOptions, detect_task,
         pieces, prepare, prepare_task, split,
     },
-    models::{HeadOptions, Network, Problem, Source, Task, parameters, tasks},
+    models::{HeadOptions, Network, Problem, Source, Task, parameters},
     torch::memory,
     train::{Checkpoint, Data, Ending, Part, Rows, Run, RunInfo, Status, Summary, Tuned, loss},
 };
@@ -395,10 +395,7 @@ fn task_of(plan: &Plan, sources: &Sources) -> Result<Task> {
 
 /// The task that was asked for, or what both the data and the model are for.
 pub(crate) fn task_for(asked: Option<&str>, data: &[PathBuf], sources: &Sources) -> Result<Task> {
-    let config = sources.base.config()?;
-    let kind = config.get("model_type").and_then(|it| it.as_str());
-    let kind = kind.unwrap_or_default();
-    let offered = tasks(kind);
+    let (kind, offered) = sources.offered()?;
     let names = |all: &[Task]| {
         all.iter()
             .map(|it| it.name())
