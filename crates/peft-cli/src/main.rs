@@ -11,6 +11,7 @@ mod commands;
 mod error;
 mod methods;
 mod metrics;
+mod quantization;
 mod sources;
 
 mod terminal;
@@ -22,7 +23,7 @@ use clap::{Parser, Subcommand};
 
 use commands::{
     chat, check, combine, compare, completions, convert, data, eval, forward, generate, import,
-    info, merge, train,
+    info, merge, quantize, train,
 };
 
 /// Fine-tune language models with few parameters, and use the result.
@@ -68,6 +69,8 @@ enum Command {
     Info(info::Args),
     /// Show what the model will see of your data, token by token
     Data(data::Args),
+    /// Keep the layers of a model in 4 or 8 bits
+    Quantize(quantize::Args),
     /// Turn a GGUF file into a model folder
     Import(import::Args),
     /// Compute logits, loss and gradients into a file, to compare with other frameworks
@@ -101,6 +104,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Check(args) => check::run(args),
         Command::Info(args) => info::run(args),
         Command::Data(args) => data::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Import(args) => import::run(args),
         Command::Forward(args) => forward::run(args),
         Command::Completions(args) => completions::run::<Cli>(args),

@@ -43,6 +43,16 @@ pub(crate) const METHODS: &[Method] = &[
         learning_rate_of_heads: 2e-3,
     },
     Method {
+        name: "qlora",
+        title: "QLoRA",
+        peft_type: Some("LORA"),
+        about: "LoRA on a base that is kept in 4 bits (2305.14314)",
+        // On all linear layers, which the paper found decisive; the rank hardly matters.
+        ours: || json!({"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}),
+        learning_rate: 2e-4,
+        learning_rate_of_heads: 2e-3,
+    },
+    Method {
         name: "adalora",
         title: "AdaLoRA",
         peft_type: Some("ADALORA"),
@@ -128,6 +138,9 @@ pub(crate) const METHODS: &[Method] = &[
         learning_rate_of_heads: 2e-4,
     },
 ];
+
+/// The method whose base is kept in 4 bits where nothing else is said.
+pub(crate) const QLORA: &str = "qlora";
 
 /// The setting of full fine-tuning: which places are trained.
 pub(crate) const TRAIN_MODULES: &str = "train_modules";

@@ -16,15 +16,20 @@ use peft::{
     core::{Adapter, Model, files, nearest, tensors::Mapped},
     data::Tokenizer,
     models::{
-        Decoder, HeadOptions, Network, OpenOptions, Problem, Source, Task, open_source, open_task,
-        tasks,
+        Decoder, HeadOptions, Network, OpenOptions, Problem, Source, Task, open_source_in,
+        open_task_in, tasks,
     },
+    quant::Format,
     train::Run,
 };
 use tch::{Device, Kind};
 use tempfile::TempDir;
 
-use crate::{args::Placement, error::usage};
+use crate::{
+    args::Placement,
+    error::usage,
+    quantization::{QUANTIZATION, Quantization},
+};
 
 /// On-disk name of an adapter's configuration.
 const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -105,6 +110,8 @@ pub(crate) struct Sources {
     pub(crate) task: Option<Task>,
     /// What a head should be like, where a run says so.
     pub(crate) head: HeadOptions,
+    /// How the base's layers are kept.
+    pub(crate) format: Format,
 }
 
 /// The adapter of a run, or the folder itself, which must hold one.
@@ -188,6 +195,7 @@ impl SourceArgs {
             found(&model).with_context(|| format!("{of}; name another place with `--model`"))?;
         let (task, head) = of_more(&info.more);
         (found.task, found.head) = (task, head);
+        found.format = format_of(&info.more)?;
         found.adapters = match (self.base.adapter.is_empty(), self.no_adapter, self.best) {
             (false, _, _) => named(&self.base.adapter)?,
             (_, _, _) if whole => Vec::new(),
@@ -346,7 +354,7 @@ impl Sources {
         if head.num_labels.is_none() {
             head.num_labels = self.outputs_of_adapters();
         }
-        open_task(&self.base, task, options, &head)
+        open_task_in(&self.base, task, options, &head, &self.format)
             .with_context(|| format!("model `{}`", self.model))
     }
 
@@ -389,7 +397,7 @@ impl Sources {
 
     /// Loads the model and dresses it.
     pub(crate) fn load(&self, device: Device, kind: Option<Kind>) -> Result<Box<dyn Decoder>> {
-        let mut model = open_source(&self.base, OpenOptions { kind, device })
+        let mut model = open_source_in(&self.base, OpenOptions { kind, device }, &self.format)
             .with_context(|| format!("model `{}`", self.model))?;
         self.dress(&mut *model)?;
         Ok(model)
@@ -458,6 +466,7 @@ fn found(model: &str) -> Result<Sources> {
         tokenizer: None,
         task: None,
         head: HeadOptions::default(),
+        format: Format::as_stored(),
     })
 }
 
@@ -505,6 +514,16 @@ pub(crate) const CLASSES: &str = "classes";
 pub(crate) const PROBLEM: &str = "problem_type";
 
 /// Task and head of a run, from what `run.json` says besides.
+/// How the base of a run is kept; of one that `--model` names as well, since the adapter was made for it.
+fn format_of(more: &serde_json::Map<String, serde_json::Value>) -> Result<Format> {
+    let Some(value) = more.get(QUANTIZATION).filter(|it| !it.is_null()) else {
+        return Ok(Format::as_stored());
+    };
+    let wish: Quantization = serde_json::from_value(value.clone())
+        .with_context(|| format!("`{QUANTIZATION}` in run.json"))?;
+    wish.format()
+}
+
 fn of_more(more: &serde_json::Map<String, serde_json::Value>) -> (Option<Task>, HeadOptions) {
     let text = |key: &str| more.get(key).and_then(|it| it.as_str());
     let classes = more.get(CLASSES).and_then(|it| it.as_array());

@@ -53,6 +53,9 @@ pub enum Compat {
 pub struct Block(usize);
 
 impl Block {
+    /// 64, which nearly all checkpoints have.
+    pub const USUAL: Block = Block(64);
+
     /// A block of so many numbers.
     pub fn of(size: usize) -> Result<Block> {
         match size.is_power_of_two() && (32..=4096).contains(&size) {

@@ -207,7 +207,7 @@ fn quantised_by_pieces() {
             let block = Block::of(64).unwrap();
             let whole = quantise(&values, kind, block, compat);
             let (mut bytes, mut absmax) = (vec![0; 502], vec![0.0; 16]);
-            for (from, to) in [(0, 64), (64, 640), (640, 1003)] {
+            for (from, to) in [(0usize, 64usize), (64, 640), (640, 1003)] {
                 let bytes = &mut bytes[from / 2..to.div_ceil(2)];
                 let absmax = &mut absmax[from / 64..block.count(to)];
                 quantise_piece(&values[from..to], kind, block, compat, bytes, absmax).unwrap();

@@ -57,7 +57,9 @@ pub use conv::{Axes, BeneathConv, Conv, ConvAdapter, DenseConv, Geometry};
 pub use ctx::Ctx;
 pub use embedding::{BeneathEmbedding, Embedding, EmbeddingAdapter};
 pub use error::{Error, Result, closest, nearest};
-pub use linear::{Beneath, Dense, Linear, LinearAdapter, LinearOp, Plain, Weights};
+pub use linear::{
+    AsStored, BaseFormat, Beneath, Dense, Linear, LinearAdapter, LinearOp, Plain, Stored, Weights,
+};
 pub use model::{Model, ModelExt, Slot, Spec};
 pub use norm::{Affine, Norm, NormAdapter, NormKind};
 pub use params::{Param, Params, Visit};

@@ -6,7 +6,8 @@
 
 use std::fmt;
 
-use tch::{Device, Tensor, nn};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor, nn};
 
 use crate::{
     Ctx, Error, Params, Result, Rows,
@@ -32,6 +33,27 @@ impl Clone for Plain {
     }
 }
 
+/// A weight that is not dense, as it lies in a file.
+#[derive(Debug)]
+pub struct Stored {
+    /// Its tensors by their names below the layer (`weight`, `weight.absmax`), without the bias.
+    pub tensors: Vec<(&'static str, Tensor)>,
+    /// What `quantization_config` in `config.json` says of it; the same for all layers of a model.
+    pub config: Value,
+}
+
+impl Stored {
+    /// What a file holds of the layer called `at`, its bias included.
+    pub fn named(&self, at: &str, bias: Option<&Tensor>) -> Vec<(String, Tensor)> {
+        let tensors = self.tensors.iter();
+        let mut all: Vec<_> = tensors
+            .map(|(name, it)| (format!("{at}.{name}"), it.shallow_clone()))
+            .collect();
+        all.extend(bias.map(|it| (format!("{at}.bias"), it.shallow_clone())));
+        all
+    }
+}
+
 /// How the weight of one linear layer is kept and multiplied. Frozen.
 pub trait LinearOp: fmt::Debug + Send {
     /// x: `[.., in] -> [.., out]`, bias included; differentiable in x.
@@ -51,6 +73,10 @@ pub trait LinearOp: fmt::Debug + Send {
     /// The weight is one tensor of numbers, which can be trained as it is.
     fn is_dense(&self) -> bool {
         false
+    }
+    /// What a file holds in place of a dense weight; `None`: the weight itself.
+    fn stored(&self) -> Option<Stored> {
+        None
     }
     /// A layer kept in the same way with another content; encodes it again if need be.
     fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>>;
@@ -267,6 +293,19 @@ impl Linear {
         self.adapters.push(name, adapter);
     }
 
+    /// Makes the base dense, where it is not: the weight as it is decoded.
+    pub fn decode(&mut self) {
+        if self.base.is_dense() {
+            return;
+        }
+        let Plain { weight, bias } = plain(&*self.base);
+        let weight = match self.base.transposed() {
+            false => weight,
+            true => weight.tr().contiguous().tr(),
+        };
+        self.base = Box::new(Dense::new(weight, bias));
+    }
+
     /// Trainable copies in place of the base's tensors; the base must be dense.
     pub(crate) fn thaw(&mut self, leaves: &mut Leaves) {
         let Plain { weight, bias } = plain(&*self.base);
@@ -323,6 +362,12 @@ pub trait Weights {
     /// A tensor in the dtype of the model, checked against `shape`.
     fn tensor(&mut self, key: &str, shape: &[i64]) -> Result<Tensor>;
 
+    /// A tensor as the source has it, of whatever type and shape: what layers that are not dense are kept in.
+    fn stored(&mut self, key: &str) -> Result<Tensor>;
+
+    /// The dtype of the model, if tensors are converted to one.
+    fn kind(&self) -> Option<Kind>;
+
     /// Whether the source has this tensor.
     fn has(&self, key: &str) -> bool;
 
@@ -338,5 +383,59 @@ pub trait Weights {
         let weight = self.tensor(&format!("{at}.weight"), &[inp, out])?;
         let bias = self.tensor(&format!("{at}.bias"), &[out])?;
         Ok(Linear::new(Dense::new(weight.tr(), Some(bias))))
+    }
+}
+
+/// How the layers of a source become layers of a model: dense, or in fewer bits.
+///
+/// It stands between a source and a model that know nothing of it. A layer is encoded as soon as it is read, so
+/// the dense model never exists whole.
+pub trait BaseFormat: fmt::Debug {
+    /// Checks that a model with this `config.json` can be read in this format.
+    fn check(&self, config: &Value) -> Result<()>;
+    /// The same source, whose linear layers are kept in this format.
+    fn over<'a>(&'a self, weights: &'a mut dyn Weights) -> Box<dyn Weights + 'a>;
+}
+
+/// Dense, as the source has it.
+#[derive(Debug, Clone, Copy)]
+pub struct AsStored;
+
+impl BaseFormat for AsStored {
+    fn check(&self, config: &Value) -> Result<()> {
+        match config.get("quantization_config") {
+            None | Some(Value::Null) => Ok(()),
+            Some(value) => Err(Error::Unsupported {
+                peft_type: "model".into(),
+                key: "quantization_config".into(),
+                value: Box::new(value.get("quant_method").unwrap_or(value).clone()),
+                hint: ": here the weights are dense, `peft-quant` reads others".into(),
+            }),
+        }
+    }
+
+    fn over<'a>(&'a self, weights: &'a mut dyn Weights) -> Box<dyn Weights + 'a> {
+        Box::new(weights)
+    }
+}
+
+impl Weights for &mut dyn Weights {
+    fn tensor(&mut self, key: &str, shape: &[i64]) -> Result<Tensor> {
+        (**self).tensor(key, shape)
+    }
+    fn stored(&mut self, key: &str) -> Result<Tensor> {
+        (**self).stored(key)
+    }
+    fn kind(&self) -> Option<Kind> {
+        (**self).kind()
+    }
+    fn has(&self, key: &str) -> bool {
+        (**self).has(key)
+    }
+    fn linear(&mut self, at: &str, shape: (i64, i64), bias: bool) -> Result<Linear> {
+        (**self).linear(at, shape, bias)
+    }
+    fn linear_transposed(&mut self, at: &str, shape: (i64, i64)) -> Result<Linear> {
+        (**self).linear_transposed(at, shape)
     }
 }

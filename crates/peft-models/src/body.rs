@@ -84,6 +84,7 @@ pub(crate) fn output(
     let key = format!("{at}.weight");
     let size = embed.size();
     let weight = match tied {
+        false if bias.is_none() => return weights.linear(at, (size[0], size[1]), false),
         false => weights.tensor(&key, &size)?,
         true => {
             if weights.has(&key) && !weights.tensor(&key, &size)?.equal(embed) {

@@ -118,6 +118,14 @@ impl Checkpoint {
     }
 
     fn read(&self, key: &str) -> Result<Tensor> {
+        if !self.has(key) {
+            let names = self.names();
+            return Err(Error::Missing {
+                place: self.place.display().to_string(),
+                key: key.to_owned(),
+                hint: nearest(key, names.iter().map(String::as_str)),
+            });
+        }
         match &self.source {
             Source::Safetensors { files, index } => files[index[key]].tensor(key),
             Source::Gguf(view) => {
@@ -136,14 +144,6 @@ impl Checkpoint {
 
 impl Weights for Checkpoint {
     fn tensor(&mut self, key: &str, shape: &[i64]) -> Result<Tensor> {
-        if !self.has(key) {
-            let names = self.names();
-            return Err(Error::Missing {
-                place: self.place.display().to_string(),
-                key: key.to_owned(),
-                hint: nearest(key, names.iter().map(String::as_str)),
-            });
-        }
         let tensor = self.read(key)?;
         if tensor.size() != shape {
             return Err(Error::Shape {
@@ -165,6 +165,16 @@ impl Weights for Checkpoint {
         self.taken.insert(key.to_owned());
         let kind = self.kind.unwrap_or(tensor.kind());
         Ok(tensor.f_to_device_(self.device, kind, false, false)?)
+    }
+
+    fn kind(&self) -> Option<Kind> {
+        self.kind
+    }
+
+    fn stored(&mut self, key: &str) -> Result<Tensor> {
+        let tensor = self.read(key)?;
+        self.taken.insert(key.to_owned());
+        Ok(tensor.f_to_device_(self.device, tensor.kind(), false, false)?)
     }
 
     fn has(&self, key: &str) -> bool {

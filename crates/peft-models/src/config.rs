@@ -138,17 +138,6 @@ impl Keys {
         Err(self.fault(key, "expected a number above zero"))
     }
 
-    /// Refuses what makes other numbers and is not offered, whatever the model.
-    pub(crate) fn refuse_common(&self) -> Result<()> {
-        if self.get("quantization_config").is_some() {
-            return Err(self.fault(
-                "quantization_config",
-                "but this build reads dense weights only",
-            ));
-        }
-        Ok(())
-    }
-
     pub(crate) fn activation(&self, key: &str, default: &str) -> Result<Activation> {
         let name = self.text(key)?.unwrap_or(default);
         Activation::named(name).ok_or_else(|| {
@@ -188,7 +177,6 @@ pub(crate) struct LlamaConfig {
 
 impl LlamaConfig {
     pub(crate) fn read(keys: &Keys) -> Result<LlamaConfig> {
-        keys.refuse_common()?;
         let model_type = keys
             .need("model_type", keys.text("model_type")?)?
             .to_owned();
@@ -418,7 +406,6 @@ pub(crate) struct Gpt2Config {
 
 impl Gpt2Config {
     pub(crate) fn read(keys: &Keys) -> Result<Gpt2Config> {
-        keys.refuse_common()?;
         if keys.flag("add_cross_attention", false)? {
             return Err(keys.fault(
                 "add_cross_attention",

@@ -26,6 +26,7 @@ mod body;
 mod cache;
 mod checkpoint;
 mod config;
+mod convert;
 mod decoder;
 mod front;
 mod generate;
@@ -48,13 +49,16 @@ pub use activation::Activation;
 pub use assemble::{HeadOptions, MODEL_TYPES, tasks};
 pub use cache::Cache;
 pub use checkpoint::Checkpoint;
+pub use convert::{Converted, convert};
 pub use decoder::Decoder;
 pub use generate::{
     Answer, GenerateError, Memory, Sampling, Stop, converse, generate, generate_seq2seq,
 };
 pub use input::Input;
 pub use loss::{IGNORE, causal_loss, head_loss, labelled};
-pub use open::{OpenOptions, Source, open, open_source, open_task};
+pub use open::{
+    OpenOptions, Source, open, open_source, open_source_in, open_task, open_task_in,
+};
 pub use rope::Rope;
 pub use save::{parameters, save, save_sharded};
 pub use seq2seq::{Encoded, Seq2Seq};

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use peft_core::{Error, Result, files};
+use peft_core::{AsStored, BaseFormat, Error, Result, files};
 use peft_gguf::{Gguf, HfView};
 use serde_json::Value;
 use tch::{Device, Kind};
@@ -90,11 +90,21 @@ pub fn open(name: &str, options: OpenOptions) -> Result<Box<dyn Decoder>> {
 
 /// Loads a decoder from where it lies.
 pub fn open_source(source: &Source, options: OpenOptions) -> Result<Box<dyn Decoder>> {
+    open_source_in(source, options, &AsStored)
+}
+
+/// [`open_source`], its layers kept in a format.
+pub fn open_source_in(
+    source: &Source,
+    options: OpenOptions,
+    format: &dyn BaseFormat,
+) -> Result<Box<dyn Decoder>> {
     let keys = keys(source)?;
     // Before the weights: a model of a kind that is not known says so, whatever its files.
     assemble::offers(&keys, Task::CausalLm)?;
+    format.check(&keys.json)?;
     let mut weights = weights(source, options)?;
-    let mut model = assemble::decoder(&keys, &mut weights)?;
+    let mut model = assemble::decoder(&keys, &mut *format.over(&mut weights))?;
     model.origin.aside = weights.finish(assemble::aside(Task::CausalLm))?;
     Ok(Box::new(model))
 }
@@ -107,15 +117,27 @@ pub fn open_task(
     options: OpenOptions,
     head: &HeadOptions,
 ) -> Result<Box<dyn Network>> {
+    open_task_in(source, task, options, head, &AsStored)
+}
+
+/// [`open_task`], its layers kept in a format.
+pub fn open_task_in(
+    source: &Source,
+    task: Task,
+    options: OpenOptions,
+    head: &HeadOptions,
+    format: &dyn BaseFormat,
+) -> Result<Box<dyn Network>> {
     let keys = keys(source)?;
     assemble::offers(&keys, task)?;
+    format.check(&keys.json)?;
     let mut weights = weights(source, options)?;
-    let mut built = assemble::network(&keys, &mut weights, task, head)?;
+    let mut built = assemble::network(&keys, &mut *format.over(&mut weights), task, head)?;
     *built.aside() = weights.finish(assemble::aside(task))?;
     Ok(built.network())
 }
 
-fn keys(source: &Source) -> Result<Keys> {
+pub(crate) fn keys(source: &Source) -> Result<Keys> {
     match source {
         Source::Folder(dir) => {
             let path = dir.join("config.json");
@@ -125,7 +147,10 @@ fn keys(source: &Source) -> Result<Keys> {
     }
 }
 
-fn weights(source: &Source, OpenOptions { kind, device }: OpenOptions) -> Result<Checkpoint> {
+pub(crate) fn weights(
+    source: &Source,
+    OpenOptions { kind, device }: OpenOptions,
+) -> Result<Checkpoint> {
     match source {
         Source::Folder(dir) => Checkpoint::open(dir, kind, device),
         Source::Gguf(path) => {

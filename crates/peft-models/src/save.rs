@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use peft_core::{Error, ModelExt, Result, Slot, files, tensors::dtype};
+use peft_core::{Error, Result, Slot, files, tensors::dtype};
 use peft_torch::memory::with_bytes;
 use serde_json::{Map, Value, json};
 use tch::Tensor;
@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// The largest file, in bytes, that `transformers` writes by default.
-const SHARD: u64 = 5_000_000_000;
+pub(crate) const SHARD: u64 = 5_000_000_000;
 
 /// Writes the base (with whatever was merged into it) to `dir`, which must not exist or be empty.
 ///
@@ -39,6 +39,11 @@ pub fn save_sharded(
     besides: &[PathBuf],
     limit: u64,
 ) -> Result<()> {
+    whole(dir, |partial| fill(model, partial, besides, limit))
+}
+
+/// Lets `fill` write a folder beside `dir`, and gives it that name when it is whole.
+pub(crate) fn whole<T>(dir: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     if dir.read_dir().is_ok_and(|mut it| it.next().is_some()) {
         return Err(Error::file(
             dir,
@@ -53,11 +58,12 @@ pub fn save_sharded(
     let partial = dir.with_file_name(format!(".{name}.{}.partial", std::process::id()));
     let written = fs::create_dir_all(&partial)
         .map_err(Error::io(&partial))
-        .and_then(|()| fill(model, &partial, besides, limit))
-        .and_then(|()| {
+        .and_then(|()| fill(&partial))
+        .and_then(|result| {
             // An empty folder is in the way of a rename on some systems.
             let _ = fs::remove_dir(dir);
-            fs::rename(&partial, dir).map_err(Error::io(dir))
+            fs::rename(&partial, dir).map_err(Error::io(dir))?;
+            Ok(result)
         });
     if written.is_err() {
         let _ = fs::remove_dir_all(&partial);
@@ -66,7 +72,11 @@ pub fn save_sharded(
 }
 
 fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) -> Result<()> {
-    let (tensors, tied) = state(model);
+    let State {
+        tensors,
+        tied,
+        quantised,
+    } = state(model);
     for path in besides {
         let to = dir.join(path.file_name().unwrap_or_default());
         fs::copy(path, &to).map_err(Error::io(path))?;
@@ -81,16 +91,41 @@ fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) ->
     if let Some(map) = config.as_object_mut() {
         map.remove("torch_dtype");
         map.insert("dtype".into(), json!(kind));
+        describe(map, quantised);
     }
     files::write_json(&dir.join("config.json"), &config)?;
     write_shards(&tensors, dir, limit)
 }
 
-/// The base under its names on disk and in their layout, and whether the head is the input embedding.
-fn state(model: &mut dyn Network) -> (Vec<(String, Tensor)>, bool) {
+/// Says in `config.json` in which bits layers are kept, or that none is.
+pub(crate) fn describe(config: &mut Map<String, Value>, quantised: Option<Value>) {
+    let key = "quantization_config";
+    // What is known of the folder that it came from goes on, such as what was left dense.
+    let old = config.remove(key);
+    if let Some(mut new) = quantised {
+        let old = old.as_ref().and_then(Value::as_object);
+        let same = old.filter(|it| it.get("load_in_4bit") == new.get("load_in_4bit"));
+        for (key, value) in same.into_iter().flatten() {
+            new[key.as_str()] = value.clone();
+        }
+        config.insert(key.into(), new);
+    }
+}
+
+/// The base as it lies on disk.
+struct State {
+    /// By their names, in their layout.
+    tensors: Vec<(String, Tensor)>,
+    /// The head is the input embedding.
+    tied: bool,
+    /// In which bits layers are kept, if some are not dense.
+    quantised: Option<Value>,
+}
+
+fn state(model: &mut dyn Network) -> State {
     let spec = model.spec();
     let mut all = Vec::new();
-    let (mut table, mut tied) = (None, false);
+    let (mut table, mut tied, mut quantised) = (None, false, None);
     model.slots(&mut |at, slot| match slot {
         Slot::Embedding(it) => {
             if at == spec.input_embedding {
@@ -99,6 +134,11 @@ fn state(model: &mut dyn Network) -> (Vec<(String, Tensor)>, bool) {
             all.push((format!("{at}.weight"), it.weight().shallow_clone()));
         }
         Slot::Linear(it) => {
+            if let Some(stored) = it.base().stored() {
+                all.extend(stored.named(at, it.base().bias()));
+                quantised = Some(stored.config);
+                return;
+            }
             let weight = it.base().weight();
             let head = spec.output_embedding.as_deref() == Some(at);
             let bias = it.base().bias().map(Tensor::shallow_clone);
@@ -144,10 +184,14 @@ fn state(model: &mut dyn Network) -> (Vec<(String, Tensor)>, bool) {
         }
         _ => {}
     });
-    (all, tied)
+    State {
+        tensors: all,
+        tied,
+        quantised,
+    }
 }
 
-fn size(tensor: &Tensor) -> u64 {
+pub(crate) fn size(tensor: &Tensor) -> u64 {
     (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
 }
 
@@ -168,7 +212,7 @@ fn write_shards(tensors: &[(String, Tensor)], dir: &Path, limit: u64) -> Result<
     let count = shards.len();
     let mut map = Map::new();
     for (i, shard) in shards.iter().enumerate() {
-        let name = format!("model-{:05}-of-{count:05}.safetensors", i + 1);
+        let name = shard_name(i, count);
         for (key, _) in shard.iter() {
             map.insert(key.clone(), name.clone().into());
         }
@@ -179,8 +223,13 @@ fn write_shards(tensors: &[(String, Tensor)], dir: &Path, limit: u64) -> Result<
     files::write_json(&dir.join(INDEX), &index)
 }
 
+/// How the first of so many files is called.
+pub(crate) fn shard_name(i: usize, count: usize) -> String {
+    format!("model-{:05}-of-{count:05}.safetensors", i + 1)
+}
+
 /// One safetensors file, header first, then each tensor in turn: no second copy of the model in memory.
-fn write_file(path: &Path, tensors: &[&(String, Tensor)]) -> Result<()> {
+pub(crate) fn write_file(path: &Path, tensors: &[&(String, Tensor)]) -> Result<()> {
     // The format wants wide elements first, then names in order.
     let mut order: Vec<&&(String, Tensor)> = tensors.iter().collect();
     order.sort_by_key(|(name, t)| {
@@ -222,12 +271,32 @@ fn write_file(path: &Path, tensors: &[&(String, Tensor)]) -> Result<()> {
     file.flush().map_err(Error::io(path))
 }
 
-/// How many numbers the base has, tied tables counted once.
+/// How many numbers the base has, tied tables counted once, those in few bits as numbers and not as bytes.
 pub fn parameters(model: &mut dyn Network) -> i64 {
     let mut seen: HashMap<usize, i64> = HashMap::new();
-    for (_, tensor) in state(model).0 {
-        seen.insert(tensor.data_ptr() as usize, tensor.numel() as i64);
-    }
-    let _ = model.adapters();
-    seen.values().sum()
+    let mut count = |it: &Tensor| {
+        seen.insert(it.data_ptr() as usize, it.numel() as i64);
+    };
+    let mut packed = 0;
+    model.slots(&mut |_, slot| match slot {
+        Slot::Linear(it) => {
+            let base = it.base();
+            match base.is_dense() {
+                true => count(&base.weight()),
+                false => packed += base.shape().0 * base.shape().1,
+            }
+            base.bias().into_iter().for_each(&mut count);
+        }
+        Slot::Embedding(it) => count(it.weight()),
+        Slot::Conv(it) => {
+            count(it.base().weight());
+            it.base().bias().into_iter().for_each(&mut count);
+        }
+        Slot::Norm(it) => {
+            count(&it.base().weight);
+            it.base().bias.iter().for_each(&mut count);
+        }
+        _ => {}
+    });
+    packed + seen.values().sum::<i64>()
 }

@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <ATen/DeviceAccelerator.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/_foreach_norm.h>
@@ -95,6 +96,13 @@ int peft_cuda_memory(int device, int64_t* now, int64_t* peak, char** err) {
 
 int peft_cuda_reset_peak(int device, char** err) {
   return guarded(err, [&] { at::getDeviceAllocator(at::kCUDA)->resetPeakStats(device); });
+}
+
+// body(state, i) for each i below n, on libtorch's threads.
+void peft_parallel_for(int64_t n, void (*body)(void*, int64_t), void* state) {
+  at::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) body(state, i);
+  });
 }
 
 // A tensor over memory that `drop(owner)` releases.

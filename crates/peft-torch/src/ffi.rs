@@ -85,6 +85,7 @@ unsafe extern "C" {
         out: *mut P,
         err: *mut *mut c_char,
     ) -> c_int;
+    fn peft_parallel_for(n: i64, body: unsafe extern "C" fn(*mut c_void, i64), state: *mut c_void);
     fn peft_rms_norm(x: P, w: P, eps: f64, y: *mut P, rstd: *mut P, err: *mut *mut c_char)
     -> c_int;
     fn peft_rms_norm_backward(
@@ -411,6 +412,19 @@ pub(crate) unsafe fn from_blob<O: Send + 'static>(
             err,
         )
     })
+}
+
+unsafe extern "C" fn one<F: Fn(usize) + Sync>(state: *mut c_void, i: i64) {
+    // SAFETY: the closure that `parallel_for` lends until it returns.
+    let body = unsafe { &*(state as *const F) };
+    body(i as usize);
+}
+
+/// Calls `body(i)` for each `i` below `n`, on libtorch's threads. `body` must not panic.
+pub(crate) fn parallel_for<F: Fn(usize) + Sync>(n: usize, body: F) {
+    let state = &raw const body as *mut c_void;
+    // SAFETY: `body` outlives the call, is only read, and may be shared between threads.
+    unsafe { peft_parallel_for(n as i64, one::<F>, state) }
 }
 
 pub(crate) fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<[Tensor; 2], TchError> {

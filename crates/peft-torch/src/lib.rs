@@ -6,7 +6,7 @@
 //! faster of the two libraries inside libtorch ([`linear`]), a few kernels
 //! that read memory once instead of five times ([`rms_norm`], [`rope`],
 //! [`swiglu`], [`gelu_tanh`], [`add_low_rank`], [`scale`], [`cross_entropy_`], [`gemv`]), the state of the random generators
-//! ([`rng`]), memory figures ([`memory`]) and the CUDA half of libtorch found
+//! ([`rng`]), memory figures and memory that is lent ([`memory`], [`with_scratch`]), its threads ([`for_each_chunk`]) and the CUDA half of libtorch found
 //! at run time ([`cuda`]), so that one program serves both.
 //!
 //! Why a shim in C++ and not a fork of tch: three small files against public
@@ -23,13 +23,17 @@ mod low_rank;
 pub mod memory;
 mod ops;
 pub mod rng;
+mod scratch;
 pub mod thin;
+mod threads;
 
 pub use adamw::{AdamW, Moments};
 pub use attention::attention;
 pub use function::{Function, apply, backward, drop_grad, vjp};
 pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
 pub use low_rank::add_low_rank;
+pub use scratch::{kept, with_scratch};
+pub use threads::for_each_chunk;
 pub use ops::{
     add_, add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, scale, scale_, swiglu,
 };

@@ -2,7 +2,8 @@
 
 use crate::ffi;
 use std::path::Path;
-use tch::{Device, TchError, Tensor};
+use half::{bf16, f16};
+use tch::{Device, Kind, TchError, Tensor};
 
 /// Bytes in use now and at most since the start (or [`reset_peak`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +89,83 @@ pub fn with_bytes<T>(tensor: &Tensor, body: impl FnOnce(&[u8]) -> T) -> T {
     body(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), len) })
 }
 
+/// A type of numbers that Rust and libtorch lay out alike.
+pub trait Number: Copy + private::Sealed {
+    /// Its name in libtorch.
+    const KIND: Kind;
+}
+
+mod private {
+    /// Only the types below: others would read what is not there.
+    pub trait Sealed {}
+}
+
+macro_rules! numbers {
+    ($($type:ty => $kind:ident),*) => {$(
+        impl private::Sealed for $type {}
+        impl Number for $type {
+            const KIND: Kind = Kind::$kind;
+        }
+    )*};
+}
+
+numbers!(u8 => Uint8, f32 => Float, bf16 => BFloat16, f16 => Half);
+
+/// Lends the numbers of a tensor to `body`: row-major, of a copy where the tensor lies otherwise or on another device.
+///
+/// `body` must not change the tensor.
+///
+/// # Errors
+/// If the tensor holds numbers of another type.
+pub fn with_slice<T: Number, R>(
+    tensor: &Tensor,
+    body: impl FnOnce(&[T]) -> R,
+) -> Result<R, TchError> {
+    let tensor = tensor.detach().to_device(Device::Cpu).contiguous();
+    holds::<T>(&tensor)?;
+    if tensor.numel() == 0 {
+        return Ok(body(&[]));
+    }
+    // SAFETY: a contiguous tensor in main memory of so many `T`, which `tensor` keeps alive through the call.
+    Ok(body(unsafe {
+        std::slice::from_raw_parts(tensor.data_ptr().cast::<T>(), tensor.numel())
+    }))
+}
+
+/// Lends the numbers of a tensor in main memory to `body`, to be written.
+///
+/// # Errors
+/// If the tensor holds numbers of another type, is not contiguous, or lies on another device.
+pub fn with_slice_mut<T: Number, R>(
+    tensor: &mut Tensor,
+    body: impl FnOnce(&mut [T]) -> R,
+) -> Result<R, TchError> {
+    holds::<T>(tensor)?;
+    if tensor.device() != Device::Cpu || !tensor.is_contiguous() {
+        return Err(TchError::Shape(format!(
+            "{tensor:?} is no plain array in main memory"
+        )));
+    }
+    if tensor.numel() == 0 {
+        return Ok(body(&mut []));
+    }
+    // SAFETY: a contiguous tensor in main memory of so many `T`, borrowed for the call.
+    Ok(body(unsafe {
+        std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<T>(), tensor.numel())
+    }))
+}
+
+fn holds<T: Number>(tensor: &Tensor) -> Result<(), TchError> {
+    match tensor.kind() == T::KIND {
+        true => Ok(()),
+        false => Err(TchError::Kind(format!(
+            "{:?} where {:?} is wanted",
+            tensor.kind(),
+            T::KIND
+        ))),
+    }
+}
+
 /// A tensor over bytes that somebody else owns, without a copy.
 ///
 /// For weights in a memory-mapped file. The tensor and all its views hold
@@ -101,7 +179,7 @@ pub fn with_bytes<T>(tensor: &Tensor, body: impl FnOnce(&[u8]) -> T) -> T {
 pub unsafe fn borrow<O: Send + 'static>(
     bytes: &[u8],
     shape: &[i64],
-    kind: tch::Kind,
+    kind: Kind,
     owner: O,
 ) -> Result<Tensor, TchError> {
     let size = kind.elt_size_in_bytes();

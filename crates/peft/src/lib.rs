@@ -17,6 +17,7 @@
 //! | [`vera`] | VeRA |
 //! | [`prefix`], [`prompt`] | prefix tuning; prompt tuning and P-tuning |
 //! | [`metrics`] | accuracy, F1, exact match, BLEU, ROUGE, with tables and pictures |
+//! | [`quant`] | bases in 4 and 8 bits |
 //! | [`models`] | GPT-2, the Llama family, BERT, RoBERTa, T5; loading, saving, generating |
 //! | [`data`] | conversations to batches: formats, templates, tokenizers |
 //! | [`train`] | a training loop that one can read |
@@ -81,6 +82,7 @@
 //! known here: `peft::builtin().with::<MyMethod>()` reads its files beside all others.
 
 mod begin;
+mod open;
 
 pub use peft_adalora as adalora;
 pub use peft_bitfit as bitfit;
@@ -94,11 +96,13 @@ pub use peft_models as models;
 pub use peft_norm as norm;
 pub use peft_prefix as prefix;
 pub use peft_prompt as prompt;
+pub use peft_quant as quant;
 pub use peft_torch as torch;
 pub use peft_train as train;
 pub use peft_vera as vera;
 
 pub use begin::begin_prefix_at;
+pub use open::{open, open_in, open_task};
 pub use peft_adalora::AdaLoraConfig;
 pub use peft_bitfit::BitfitConfig;
 pub use peft_core::{Adapter, Ctx, Error, Model, ModelExt, Registry, Result, Targets, Tuner};
@@ -107,7 +111,7 @@ pub use peft_ia3::Ia3Config;
 pub use peft_lora::{LoraConfig, MergedLora};
 pub use peft_models::{
     Cache, Decoder, HeadOptions, Input, Labels, Network, OpenOptions, Sampling, Task, causal_loss,
-    generate, open, open_task, save,
+    generate, save,
 };
 pub use peft_norm::NormConfig;
 pub use peft_prefix::PrefixConfig;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use peft::{
     core::{Adapter, ModelExt, Tuner},
     models::{
-        HeadOptions, MODEL_TYPES, Network, OpenOptions, Source, Task, open_task, parameters, tasks,
+        HeadOptions, MODEL_TYPES, Network, OpenOptions, Source, Task, parameters, tasks,
     },
     train::Run,
 };
@@ -62,7 +62,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let kind = config.get("model_type").and_then(Value::as_str);
     let offered = tasks(kind.unwrap_or_default()).first().copied();
     let task = task_of(&config).or(offered).unwrap_or(Task::CausalLm);
-    let mut model = open_task(
+    let mut model = peft::open_task(
         &source,
         task,
         OpenOptions::default(),

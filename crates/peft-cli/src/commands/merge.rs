@@ -130,10 +130,10 @@ fn probe(model: &dyn Network) -> Tensor {
 }
 
 /// The files that go along: tokenizer with template, and the settings for generation.
-fn besides(sources: &Sources, held: &tempfile::TempDir) -> Result<Vec<PathBuf>> {
+pub(crate) fn besides(sources: &Sources, held: &tempfile::TempDir) -> Result<Vec<PathBuf>> {
     match sources.has_tokenizer() {
         true => sources.tokenizer()?.save(held.path())?,
-        false => eprintln!("note: the base has no tokenizer, so the merged model has none"),
+        false => eprintln!("note: the base has no tokenizer, so the new folder has none"),
     }
     let entries = fs::read_dir(held.path()).context("a temporary folder")?;
     let mut files: Vec<PathBuf> = entries
@@ -149,7 +149,7 @@ fn besides(sources: &Sources, held: &tempfile::TempDir) -> Result<Vec<PathBuf>> 
     Ok(files)
 }
 
-fn folder_size(dir: &std::path::Path) -> Result<u64> {
+pub(crate) fn folder_size(dir: &std::path::Path) -> Result<u64> {
     let mut total = 0;
     for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
         total += entry?.metadata()?.len();

@@ -13,4 +13,5 @@ pub(crate) mod generate;
 pub(crate) mod import;
 pub(crate) mod info;
 pub(crate) mod merge;
+pub(crate) mod quantize;
 pub(crate) mod train;

@@ -28,6 +28,7 @@ use peft::{
         pieces, prepare, prepare_task, split,
     },
     models::{HeadOptions, Network, Problem, Source, Task, parameters},
+    quant::Format as BaseFormat,
     torch::memory,
     train::{Checkpoint, Data, Ending, Part, Rows, Run, RunInfo, Status, Summary, Tuned, loss},
 };
@@ -42,6 +43,7 @@ use crate::{
     error::{of_settings, usage},
     methods::PREFIX_INIT_TEXT,
     metrics::{figures, judge},
+    quantization::QUANTIZATION,
     sources::{BaseArgs, CLASSES, FULL, PROBLEM, Sources, TASK},
     terminal::{bytes, grouped, plural},
 };
@@ -50,7 +52,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub(crate) struct Args {
-    /// The method: lora, adalora, vera, ia3, bitfit, ln, prefix, prompt, p-tuning, full [default: lora]
+    /// The method: lora, qlora, adalora, vera, ia3, bitfit, ln, prefix, prompt, p-tuning, full [default: lora]
     #[arg(long, value_name = "METHOD", help_heading = "Method")]
     method: Option<String>,
     #[command(flatten)]
@@ -182,6 +184,9 @@ pub(crate) struct Setup {
     /// Number format of the base: auto, fp32, bf16, fp16 [default: auto]
     #[arg(long, value_name = "DTYPE", help_heading = "Computing")]
     dtype: Option<String>,
+    /// Keep the linear layers of the base in few bits: nf4, fp4, int8, none [default: nf4 for qlora, else none]
+    #[arg(long, value_name = "TYPE", help_heading = "Computing")]
+    quantization: Option<String>,
 }
 
 const EXAMPLES: &str = "\
@@ -213,7 +218,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     .find()?;
     let tokenizer = sources.tokenizer()?;
-    let place = placement(&plan)?;
+    plan.quantize(sources.base.config()?.get("quantization_config").is_some())?;
+    let (place, format) = placement(&plan, &sources)?;
     let task = task_of(&plan, &sources)?;
     if matches!(task, Task::SeqCls | Task::TokenCls | Task::QuestionAns) {
         plan.for_heads()?;
@@ -228,6 +234,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
 
     let sources = Sources {
         head: rows.head(&plan, &tokenizer),
+        format,
         ..sources
     };
     let mut model = sources.load_task(task, place)?;
@@ -293,6 +300,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let trainable: i64 = trained.map(|it| it.tensor.numel() as i64).sum();
     let mut more = more(task, &sources.head);
     more.insert(TRAINABLE.into(), trainable.into());
+    if let Some(wish) = plan.quantization() {
+        more.insert(QUANTIZATION.into(), serde_json::to_value(wish)?);
+    }
     begin(
         &run,
         &plan,
@@ -606,6 +616,7 @@ impl Setup {
         add("seed", self.seed.map(Value::from));
         add("device", self.device.clone().map(Value::from));
         add("dtype", self.dtype.clone().map(Value::from));
+        add("quantization", self.quantization.clone().map(Value::from));
         Ok(given)
     }
 
@@ -645,8 +656,26 @@ fn held_out(text: &str) -> Value {
         .unwrap_or_else(|_| text.into())
 }
 
-fn placement(plan: &Plan) -> Result<Placement> {
+/// Where and in what the model computes, and how its base is kept.
+fn placement(plan: &Plan, sources: &Sources) -> Result<(Placement, BaseFormat)> {
     let placed = placement_of(plan)?;
+    let wish = plan.quantization();
+    let mut format = match &wish {
+        Some(wish) => wish.format()?,
+        None => BaseFormat::as_stored(),
+    };
+    let stored = sources.base.config()?.get("quantization_config").is_some();
+    if (wish.is_some() || stored) && plan.recipe.keep_in_fp32 && placed.kind != tch::Kind::Float {
+        format.compute = Some(placed.kind);
+        let why = "and products with quantised layers in the format asked for";
+        let kind = tch::Kind::Float;
+        return Ok((Placement { kind, why, ..placed }, format));
+    }
+    Ok((unrounded(plan, placed)?, format))
+}
+
+/// The place, in fp32 if weights are trained and nothing else is asked for.
+fn unrounded(plan: &Plan, placed: Placement) -> Result<Placement> {
     if plan.method()?.peft_type.is_some() {
         return Ok(placed);
     }
@@ -1026,6 +1055,9 @@ fn overview(
         warn(
             "weights are trained in 16 bits: steps below about 1/256 of a weight are rounded away; `--dtype fp32` keeps them",
         );
+    }
+    if let Some(wish) = plan.quantization() {
+        row("base", format!("linear layers in {}", wish.line()));
     }
     row("task", model.task());
     if !model.fresh().is_empty() {

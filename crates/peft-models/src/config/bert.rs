@@ -28,7 +28,6 @@ pub(crate) struct BertConfig {
 
 impl BertConfig {
     pub(crate) fn read(keys: &Keys) -> Result<BertConfig> {
-        keys.refuse_common()?;
         let model_type = keys.text("model_type")?.unwrap_or_default().to_owned();
         for key in ["is_decoder", "add_cross_attention"] {
             if keys.flag(key, false)? {

@@ -32,7 +32,6 @@ pub(crate) struct T5Config {
 
 impl T5Config {
     pub(crate) fn read(keys: &Keys) -> Result<T5Config> {
-        keys.refuse_common()?;
         if keys.flag("is_decoder", false)? {
             return Err(keys.fault("is_decoder", "but this model is an encoder and a decoder"));
         }

@@ -28,7 +28,8 @@ use serde_json::{Map, Value};
 
 use crate::{
     error::usage,
-    methods::{METHODS, Method, PREFIX_INIT_TEXT, PYTHONS_RATE, TRAIN_MODULES},
+    quantization::{Quantization, Wish},
+    methods::{METHODS, Method, PREFIX_INIT_TEXT, QLORA, PYTHONS_RATE, TRAIN_MODULES},
 };
 
 /// The decisions about a run, but for the loop's.
@@ -55,6 +56,12 @@ pub(crate) struct Recipe {
     pub(crate) device: String,
     /// The base's number format: `auto`, `fp32`, `bf16`, `fp16`.
     pub(crate) dtype: String,
+    /// In which bits the linear layers of a dense base are kept: `nf4`, `fp4`, `int8`, or all of it
+    /// (`{type: nf4, double_quant: true, block_size: 64, skip: [lm_head]}`); NF4 for QLoRA where not given.
+    pub(crate) quantization: Option<Wish>,
+    /// With a base in few bits, norms, tables and the head are in fp32, as Python's `prepare_model_for_kbit_training`
+    /// leaves them; else they are in `dtype`, which saves memory.
+    pub(crate) keep_in_fp32: bool,
     /// Questions that are answered before and after.
     pub(crate) prompts: Vec<String>,
     /// The method, by its name.
@@ -114,6 +121,8 @@ impl Default for Recipe {
             cache_dir: None,
             device: "auto".into(),
             dtype: "auto".into(),
+            quantization: None,
+            keep_in_fp32: true,
             prompts: Vec::new(),
             method: method.name.to_owned(),
             defaults: Defaults::Ours,
@@ -207,6 +216,35 @@ impl Plan {
             Defaults::Python => (Map::new(), PYTHONS_RATE),
         };
         Ok(())
+    }
+
+    /// Decides in which bits the base is kept; `stored`: it is in few bits already.
+    pub(crate) fn quantize(&mut self, stored: bool) -> Result<()> {
+        let qlora = self.method()?.name == QLORA;
+        let wish = self.recipe.quantization.as_ref();
+        match wish.map(Wish::quantization) {
+            None if qlora && !stored => {
+                self.recipe.quantization = Some(Wish::Whole(Quantization::default()));
+            }
+            Some(None) if qlora && !stored => {
+                return Err(usage(
+                    "`quantization: none`, but QLoRA is LoRA on a base in few bits; `--method lora` trains on it as it is",
+                ));
+            }
+            Some(Some(_)) if stored => {
+                return Err(usage(format!(
+                    "`quantization`: `{}` is in few bits already, and is used as it is",
+                    self.recipe.model
+                )));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// In which bits the layers of a dense base are kept; `None`: as they are stored.
+    pub(crate) fn quantization(&self) -> Option<Quantization> {
+        self.recipe.quantization.as_ref()?.quantization()
     }
 
     /// The method.

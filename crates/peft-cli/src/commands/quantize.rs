@@ -1,0 +1,138 @@
+//! `peft quantize`: a model folder whose linear layers are in few bits.
+//!
+//! The folder is the one that `transformers` writes with `bitsandbytes`. Layers are read, encoded and written one after
+//! the other; what is held in memory is one file of the new folder.
+
+use std::{fs, path::PathBuf, time::Instant};
+
+use anyhow::{Context, Result};
+use console::style;
+use peft::{
+    models::{OpenOptions, Source, Task, convert},
+    torch::memory,
+};
+use tch::Device;
+
+use crate::{
+    args::{DtypeChoice, fresh_folder},
+    commands::merge::{besides, folder_size},
+    error::usage,
+    quantization::{Bits, Quantization},
+    sources::BaseArgs,
+    terminal::{bytes, plural},
+};
+
+/// Flags of `peft quantize`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct Args {
+    /// The model: a folder, a hub id or a .gguf file
+    model: String,
+    /// The folder to write; it must be empty or not exist
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// In which bits linear layers are kept
+    #[arg(long = "type", value_name = "TYPE", default_value = "nf4")]
+    bits: Bits,
+    /// Keep the scales of 4-bit blocks in 8 bits
+    #[arg(long)]
+    double_quant: bool,
+    /// Numbers that share a scale, of 4 bits: 32 to 4096, a power of two
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    block_size: usize,
+    /// Layers that stay as they are, by name or the last part of it, with commas between
+    #[arg(
+        long,
+        value_name = "NAMES",
+        value_delimiter = ',',
+        default_value = "lm_head"
+    )]
+    skip: Vec<String>,
+    /// Number format of what is not quantised: auto keeps that of the model
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    dtype: DtypeChoice,
+    /// The largest file of the folder, in megabytes
+    #[arg(long, value_name = "MB", default_value_t = 5000)]
+    shard_size: u64,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  peft quantize MODEL --out MODEL-nf4 --double-quant
+  peft train --method qlora --model MODEL-nf4 --data rows.jsonl --out RUN";
+
+/// Reads, encodes and writes.
+pub(crate) fn run(args: Args) -> Result<()> {
+    fresh_folder(&args.out)?;
+    if args.bits == Bits::Int8 && (args.double_quant || args.block_size != 64) {
+        return Err(usage(
+            "`--double-quant` and `--block-size` are of 4 bits; int8 has one scale a row",
+        ));
+    }
+    let wish = Quantization {
+        bits: args.bits,
+        double_quant: args.double_quant,
+        block_size: args.block_size,
+        skip: args.skip,
+    };
+    let format = wish.format()?;
+    let sources = BaseArgs {
+        model: Some(args.model.clone()),
+        adapter: Vec::new(),
+    }
+    .find()?;
+    let task = sources.task(None).unwrap_or(Task::CausalLm);
+    let held = tempfile::tempdir().context("a temporary folder")?;
+    let options = OpenOptions {
+        kind: args.dtype.kind(),
+        device: Device::Cpu,
+    };
+    let begun = Instant::now();
+    let done = convert(
+        &sources.base,
+        task,
+        options,
+        &format,
+        &args.out,
+        &besides(&sources, &held)?,
+        Some(args.shard_size.saturating_mul(1_000_000)),
+    )
+    .with_context(|| format!("model `{}`", args.model))?;
+    let before = match &sources.base {
+        Source::Folder(dir) => weights_size(dir)?,
+        Source::Gguf(file) => fs::metadata(file).map(|it| it.len()).unwrap_or(0),
+    };
+    let after = folder_size(&args.out)?;
+    println!(
+        "{} {} ({}: {}; {} left as they are)",
+        style("quantised into").green(),
+        args.out.display(),
+        plural(done.layers, "layer"),
+        wish.line(),
+        plural(done.left, "tensor"),
+    );
+    let peak = memory::usage(Device::Cpu).map(|it| format!(", at most {}", bytes(it.peak)));
+    println!(
+        "{} → {} in {:.1} s{}",
+        bytes(before),
+        bytes(after),
+        begun.elapsed().as_secs_f64(),
+        peak.unwrap_or_default()
+    );
+    if task == Task::CausalLm {
+        println!("\nNext:\n  peft chat {}", args.out.display());
+    }
+    Ok(())
+}
+
+/// Bytes of the weights in a folder, which a link may point to.
+fn weights_size(dir: &std::path::Path) -> Result<u64> {
+    let files = fs::read_dir(dir).with_context(|| dir.display().to_string())?;
+    let weights = files
+        .flatten()
+        .filter(|it| it.path().extension().is_some_and(|it| it == "safetensors"));
+    Ok(weights
+        .filter_map(|it| fs::metadata(it.path()).ok())
+        .map(|it| it.len())
+        .sum())
+}

@@ -1,0 +1,146 @@
+//! In which bits a base is kept: as flags, as a setting, and in `run.json`.
+
+use anyhow::Result;
+use clap::ValueEnum;
+use peft::quant::{Block, Compat, Format, Four, Scheme, Type};
+use serde::{Deserialize, Serialize};
+
+use crate::error::usage;
+
+/// The key of `run.json`.
+pub(crate) const QUANTIZATION: &str = "quantization";
+
+/// A way to keep linear layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Bits {
+    /// 4-bit NormalFloat
+    Nf4,
+    /// 4-bit floating point
+    Fp4,
+    /// 8-bit integers with a scale a row
+    Int8,
+}
+
+/// How the linear layers of a dense base are kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Quantization {
+    /// In which bits.
+    #[serde(rename = "type")]
+    pub(crate) bits: Bits,
+    /// The scales of 4-bit blocks are quantised, too.
+    pub(crate) double_quant: bool,
+    /// Numbers that share a scale, of 4 bits.
+    pub(crate) block_size: usize,
+    /// Layers that stay dense.
+    pub(crate) skip: Vec<String>,
+}
+
+impl Default for Quantization {
+    fn default() -> Quantization {
+        Quantization {
+            bits: Bits::Nf4,
+            double_quant: true,
+            block_size: 64,
+            skip: vec!["lm_head".into()],
+        }
+    }
+}
+
+/// `quantization` in a recipe: a word, or keys and values.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Wish {
+    /// `nf4`, `fp4`, `int8`, or `none`: the base as it is stored.
+    Word(Word),
+    /// All of it.
+    Whole(Quantization),
+}
+
+/// A wish in a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Word {
+    Nf4,
+    Fp4,
+    Int8,
+    None,
+}
+
+impl Wish {
+    /// What is wished for; `None`: the base as it is stored.
+    pub(crate) fn quantization(&self) -> Option<Quantization> {
+        let of = |bits| {
+            Some(Quantization {
+                bits,
+                ..Quantization::default()
+            })
+        };
+        match self {
+            Wish::Whole(whole) => Some(whole.clone()),
+            Wish::Word(Word::Nf4) => of(Bits::Nf4),
+            Wish::Word(Word::Fp4) => of(Bits::Fp4),
+            Wish::Word(Word::Int8) => of(Bits::Int8),
+            Wish::Word(Word::None) => None,
+        }
+    }
+}
+
+impl Quantization {
+    /// The format of the base.
+    pub(crate) fn format(&self) -> Result<Format> {
+        let four = |kind| -> Result<Scheme> {
+            Ok(Scheme::Four(Four {
+                kind,
+                block: Block::of(self.block_size).map_err(|it| usage(it.to_string()))?,
+                double_quant: self.double_quant,
+                compat: Compat::Cuda,
+            }))
+        };
+        let scheme = match self.bits {
+            Bits::Nf4 => four(Type::Nf4)?,
+            Bits::Fp4 => four(Type::Fp4)?,
+            Bits::Int8 => Scheme::INT8,
+        };
+        Ok(Format {
+            skip: self.skip.clone(),
+            ..Format::of(scheme)
+        })
+    }
+
+    /// In a line.
+    pub(crate) fn line(&self) -> String {
+        let name = match self.bits {
+            Bits::Nf4 => "NF4",
+            Bits::Fp4 => "FP4",
+            Bits::Int8 => return "8 bits, a scale a row".into(),
+        };
+        let double = if self.double_quant {
+            ", scales in 8 bits"
+        } else {
+            ""
+        };
+        format!("{name}, blocks of {}{double}", self.block_size)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, from_value, json};
+
+    #[test]
+    fn a_word_or_all_of_it() {
+        let read = |value: Value| from_value::<Wish>(value).ok().map(|it| it.quantization());
+        assert_eq!(read(json!("nf4")), Some(Some(Quantization::default())));
+        assert_eq!(read(json!("none")), Some(None));
+        let whole = read(json!({"type": "fp4", "block_size": 128})).flatten().unwrap();
+        assert_eq!((whole.bits, whole.block_size, whole.double_quant), (Bits::Fp4, 128, true));
+        for bad in [json!("nf5"), json!({"typ": "nf4"}), json!(4)] {
+            assert_eq!(read(bad), None);
+        }
+        let odd = Quantization { block_size: 65, ..Quantization::default() };
+        assert!(odd.format().is_err());
+    }
+}

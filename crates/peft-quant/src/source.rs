@@ -1,0 +1,99 @@
+//! A source of weights whose linear layers are kept in few bits.
+
+use peft_core::{Dense, Linear, Result, Weights};
+use tch::{Kind, Tensor};
+
+use crate::{
+    config::Format,
+    eight::EightBits,
+    four::FourBits,
+    layer::{Code, QuantisedLinear},
+};
+
+/// The layers of a source: those that it keeps in few bits as they are, others encoded while they are read.
+pub struct Quantised<'a> {
+    weights: &'a mut dyn Weights,
+    format: &'a Format,
+}
+
+impl<'a> Quantised<'a> {
+    /// `weights` through `format`.
+    pub fn new(weights: &'a mut dyn Weights, format: &'a Format) -> Quantised<'a> {
+        Quantised { weights, format }
+    }
+
+    /// What the source keeps in few bits under this name.
+    fn kept(&mut self, at: &str, shape: &[i64]) -> Result<Option<Code>> {
+        let has = |name: &str| self.weights.has(&format!("{at}.{name}"));
+        let four = ["nf4", "fp4"]
+            .into_iter()
+            .find(|kind| has(&format!("weight.quant_state.bitsandbytes__{kind}")));
+        let eight = has("SCB");
+        let mut get = |name: &str| self.weights.stored(&format!("{at}.{name}"));
+        Ok(match four {
+            Some(kind) => Some(Code::Four(FourBits::read(at, kind, shape, &mut get)?)),
+            None if eight => Some(Code::Eight(EightBits::read(at, shape, &mut get)?)),
+            None => None,
+        })
+    }
+
+    /// The layer from `kept`, or from a dense weight that `dense` reads as `[out, in]`.
+    fn layer(
+        &mut self,
+        at: &str,
+        (out, inp): (i64, i64),
+        transposed: bool,
+        bias: bool,
+        dense: &dyn Fn(&mut dyn Weights) -> Result<Tensor>,
+    ) -> Result<Linear> {
+        let kept = self.kept(at, &[out, inp])?;
+        let weight = match kept {
+            Some(_) => None,
+            None => Some(dense(self.weights)?),
+        };
+        let bias = bias.then(|| self.weights.tensor(&format!("{at}.bias"), &[out]));
+        let bias = bias.transpose()?;
+                let code = match (kept, weight, &self.format.scheme) {
+            (Some(code), ..) => code,
+            (None, Some(weight), Some(scheme)) if !self.format.skips(at) => {
+                Code::encode(scheme, &weight)?
+            }
+            (None, Some(weight), _) => return Ok(Linear::new(Dense::new(weight, bias))),
+            (None, None, _) => unreachable!("one of the two was read"),
+        };
+        let kind = self.weights.kind().unwrap_or(code.kind());
+        let compute = self.format.compute;
+        let layer = QuantisedLinear::of(code, bias, kind, compute, transposed);
+        Ok(Linear::new(layer))
+    }
+}
+
+impl Weights for Quantised<'_> {
+    fn tensor(&mut self, key: &str, shape: &[i64]) -> Result<Tensor> {
+        self.weights.tensor(key, shape)
+    }
+
+    fn stored(&mut self, key: &str) -> Result<Tensor> {
+        self.weights.stored(key)
+    }
+
+    fn kind(&self) -> Option<Kind> {
+        self.weights.kind()
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.weights.has(key)
+    }
+
+    fn linear(&mut self, at: &str, (out, inp): (i64, i64), bias: bool) -> Result<Linear> {
+        self.layer(at, (out, inp), false, bias, &|weights| {
+            weights.tensor(&format!("{at}.weight"), &[out, inp])
+        })
+    }
+
+    fn linear_transposed(&mut self, at: &str, (out, inp): (i64, i64)) -> Result<Linear> {
+        self.layer(at, (out, inp), true, true, &|weights| {
+            Ok(weights.tensor(&format!("{at}.weight"), &[inp, out])?.tr())
+        })
+    }
+}
