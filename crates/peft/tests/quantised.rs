@@ -225,12 +225,12 @@ fn our_encoder_writes_pythons_folders() {
         }
         let dense = root().join("quant/dense").join(case.meta["base"].as_str().unwrap());
         let kind = match case.meta["dtype"].as_str() {
-            Some("bfloat16") => Some(Kind::BFloat16),
-            Some("float16") => Some(Kind::Half),
-            _ => None,
+            Some("bfloat16") => Kind::BFloat16,
+            Some("float16") => Kind::Half,
+            _ => Kind::Float,
         };
         let options = OpenOptions {
-            kind,
+            kind: Some(kind),
             ..OpenOptions::default()
         };
         let out = tempfile::tempdir().unwrap();
