@@ -80,6 +80,11 @@ pub trait LinearOp: fmt::Debug + Send {
     }
     /// A layer kept in the same way with another content; encodes it again if need be.
     fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>>;
+    /// The same weight with another bias. A weight that is not dense must not be encoded again for it.
+    fn with_bias(&self, bias: Option<Tensor>) -> Result<Box<dyn LinearOp>> {
+        let weight = self.weight();
+        self.encode(Plain { weight, bias })
+    }
 }
 
 /// What one method leaves on one linear layer.
@@ -326,6 +331,7 @@ impl Linear {
             why: why.to_owned(),
         };
         let start = plain(&*self.base);
+        let weight = start.weight.data_ptr();
         let merged = self.adapters.active();
         let merged = tch::no_grad(|| {
             merged
@@ -336,7 +342,10 @@ impl Linear {
         if !finite(&merged.weight) || !merged.bias.as_ref().is_none_or(finite) {
             return Err(not("the merged weight is not finite"));
         }
-        self.base.encode(merged)
+        match merged.weight.data_ptr() == weight {
+            true => self.base.with_bias(merged.bias),
+            false => self.base.encode(merged),
+        }
     }
 }
 

@@ -80,6 +80,8 @@ pub struct Format {
     pub skip: Vec<String>,
     /// The dtype of products; `None`: that of their input. The output has the dtype of the input.
     pub compute: Option<Kind>,
+    /// Which of the two behaviours of `bitsandbytes` encodes again what the source has in 4 bits, after a merge.
+    pub compat: Compat,
 }
 
 impl Format {
@@ -89,6 +91,7 @@ impl Format {
             scheme: None,
             skip: Vec::new(),
             compute: None,
+            compat: Compat::default(),
         }
     }
 
@@ -98,6 +101,7 @@ impl Format {
             scheme: Some(scheme),
             skip: vec!["lm_head".into()],
             compute: None,
+            compat: Compat::default(),
         }
     }
 

@@ -13,11 +13,11 @@ pub(crate) struct EightBits {
 }
 
 impl EightBits {
-    /// Encodes a weight `[out, in]`: `round(W · 127 / max |row|)`, ties to even.
+    /// Encodes a weight `[out, in]`: `round(W · (127 / max |row|))`, ties to even; `bitsandbytes` takes W in fp16.
     pub(crate) fn encode(weight: &Tensor) -> EightBits {
-        let wide = weight.detach().to_kind(Kind::Float);
+        let wide = weight.detach().to_kind(Kind::Half).to_kind(Kind::Float);
         let scb = wide.abs().amax([1i64].as_slice(), false);
-        let codes = (wide * scb.reciprocal().unsqueeze(1) * 127.0).round();
+        let codes = (wide * (scb.reciprocal() * 127.0).unsqueeze(1)).round();
         // A row of zeros has no scale, and its codes are zero.
         let codes = codes.nan_to_num(0.0, 0.0, 0.0).to_kind(Kind::Int8);
         EightBits { codes, scb }
@@ -86,6 +86,7 @@ impl EightBits {
 
     /// Decodes.
     pub(crate) fn decode(&self, kind: Kind) -> Tensor {
+        // In the order of the forward pass of `bitsandbytes` where it trains.
         let scale = self.scb.unsqueeze(1) * (1.0 / 127.0);
         (self.codes.to_kind(Kind::Float) * scale).to_kind(kind)
     }

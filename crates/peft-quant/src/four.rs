@@ -95,6 +95,7 @@ impl FourBits {
         at: &str,
         kind: &str,
         shape: &[i64],
+        compat: Compat,
         get: &mut dyn FnMut(&str) -> Result<Tensor>,
     ) -> Result<FourBits> {
         let fault = |key: &str, reason: String| Error::Config {
@@ -170,7 +171,7 @@ impl FourBits {
             packed: packed.contiguous(),
             scales,
             state,
-            compat: Compat::Cuda,
+            compat,
         })
     }
 

@@ -137,6 +137,13 @@ impl QuantisedLinear {
     }
 }
 
+impl QuantisedLinear {
+    /// Another weight and bias in the place of these.
+    fn like(&self, code: Code, bias: Option<Tensor>) -> QuantisedLinear {
+        QuantisedLinear::of(code, bias, self.kind, self.compute, self.transposed)
+    }
+}
+
 impl LinearOp for QuantisedLinear {
     fn forward(&self, x: &Tensor) -> Tensor {
         let compute = self.compute.unwrap_or(x.kind());
@@ -183,13 +190,11 @@ impl LinearOp for QuantisedLinear {
 
     fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>> {
         let code = Code::encode(&self.code.scheme(), &plain.weight)?;
-        Ok(Box::new(QuantisedLinear::of(
-            code,
-            plain.bias,
-            self.kind,
-            self.compute,
-            self.transposed,
-        )))
+        Ok(Box::new(self.like(code, plain.bias)))
+    }
+
+    fn with_bias(&self, bias: Option<Tensor>) -> Result<Box<dyn LinearOp>> {
+        Ok(Box::new(self.like(self.code.handle(), bias)))
     }
 }
 

@@ -31,7 +31,13 @@ impl<'a> Quantised<'a> {
         let eight = has("SCB");
         let mut get = |name: &str| self.weights.stored(&format!("{at}.{name}"));
         Ok(match four {
-            Some(kind) => Some(Code::Four(FourBits::read(at, kind, shape, &mut get)?)),
+            Some(kind) => Some(Code::Four(FourBits::read(
+                at,
+                kind,
+                shape,
+                self.format.compat,
+                &mut get,
+            )?)),
             None if eight => Some(Code::Eight(EightBits::read(at, shape, &mut get)?)),
             None => None,
         })

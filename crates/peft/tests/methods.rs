@@ -12,7 +12,8 @@ use peft::{
     Adapter, Ctx, Input, ModelExt, OpenOptions, Sampling,
     core::{State, tensors},
     generate,
-    models::{HeadOptions, Labels, Network, Source, Task, generate_seq2seq, open_task},
+    models::{HeadOptions, Labels, Network, Source, Task, generate_seq2seq, open_task_in},
+    quant::{Compat, Format},
     tch::{Kind, Tensor},
 };
 use peft_testing::{
@@ -86,7 +87,21 @@ fn bitfit() {
     all_hold("bitfit", &chosen, &checks);
 }
 
+/// Adapters over bases in 4 and 8 bits.
+#[test]
+fn quantised_bases() {
+    let all = cases("quant/lora");
+    let chosen: Vec<&Case> = all.iter().collect();
+    let checks = [numbers, gradients_and_steps, text, saved_again];
+    all_hold("quantised bases", &chosen, &checks);
+}
+
 type Model = Box<dyn Network>;
+
+/// A base in few bits rounds what is merged into it.
+fn rounds(case: &Case) -> bool {
+    case.meta["base"].as_str().is_some_and(|it| it.starts_with("quant/"))
+}
 
 fn bare(case: &Case) -> Result<Model, String> {
     let task: Task = case.meta["task"]
@@ -99,7 +114,12 @@ fn bare(case: &Case) -> Result<Model, String> {
         ..OpenOptions::default()
     };
     let source = Source::Folder(case.model.clone());
-    open_task(&source, task, options, &HeadOptions::default()).map_err(said)
+    // What is in few bits was quantised on a processor, and is again after a merge.
+    let format = Format {
+        compat: Compat::Cpu,
+        ..Format::as_stored()
+    };
+    open_task_in(&source, task, options, &HeadOptions::default(), &format).map_err(said)
 }
 
 fn adapter(case: &Case) -> Result<Adapter, String> {
@@ -230,12 +250,22 @@ fn attended(tensor: &Tensor, case: &Case, batch: &str) -> Tensor {
 
 /// Every output against the fixture's of the same name, with `prefix` before it.
 fn expect(case: &Case, found: &State, batch: &str, prefix: &str) -> Check {
+    expect_within(case, found, batch, prefix, TOLERANCE)
+}
+
+fn expect_within(
+    case: &Case,
+    found: &State,
+    batch: &str,
+    prefix: &str,
+    tolerance: f64,
+) -> Check {
     let mut count = 0;
     for (name, tensor) in found {
         let key = format!("{batch}.{prefix}{name}");
         if let Some(expected) = case.io.get(&key) {
             count += 1;
-            agree(tensor, &attended(expected, case, batch), TOLERANCE, &key)?;
+            agree(tensor, &attended(expected, case, batch), tolerance, &key)?;
         }
     }
     match count {
@@ -284,10 +314,18 @@ fn numbers(case: &Case) -> Check {
     }
     model.merge().map_err(said)?;
     let merged = seen(&model, case, "right")?;
-    if case.io.keys().any(|key| key.starts_with("right.merged_")) {
-        expect(case, &merged, "right", "merged_")?;
+    // Into a base in few bits Python merges the bias of `lora_B` without the scale that its forward pass gives it.
+    let wrong = rounds(case) && case.meta["asked"]["lora_bias"] == true;
+    if case.io.keys().any(|key| key.starts_with("right.merged_")) && !wrong {
+        // To merge into 8 bits Python decodes by another order of factors than in its forward pass: an ulp, which
+        // moves a sum that lies between two codes by one of them.
+        let tolerance = match case.meta["model"] == "llama-int8" {
+            true => 1e-3,
+            false => TOLERANCE,
+        };
+        expect_within(case, &merged, "right", "merged_", tolerance)?;
     }
-    for (name, tensor) in &merged {
+    for (name, tensor) in merged.iter().filter(|_| !rounds(case)) {
         agree(tensor, &adapted[name], TOLERANCE, &format!("merged {name}"))?;
     }
     model.unmerge();

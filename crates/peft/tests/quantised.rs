@@ -79,12 +79,14 @@ fn attended(t: &Tensor, mask: Option<&Tensor>) -> Tensor {
 
 #[test]
 fn logits_and_loss_are_pythons() {
+    let mut seen = 0;
     for case in cases() {
         let model = case.model();
         for batch in ["plain", "right", "left", "positions"] {
             let Some(input) = case.input(batch) else {
-                panic!("{}: no {batch}", case.name);
+                continue;
             };
+            seen += 1;
             let got = tch::no_grad(|| model.forward(&input, Ctx::EVAL));
             let mask = input.attention_mask.as_ref();
             let expected = attended(&case.io[&format!("{batch}.logits")], mask);
@@ -97,6 +99,7 @@ fn logits_and_loss_are_pythons() {
             assert!((loss - expected).abs() < 1e-5 * expected, "{}", case.name);
         }
     }
+    assert!(seen > 30, "{seen}");
 }
 
 /// One row at a time goes through another product than a batch.
