@@ -39,6 +39,9 @@ enum Job {
         /// The share of positions without a label
         #[arg(long, default_value_t = 0.0)]
         masked: f64,
+        /// Blocks are computed again in the backward pass
+        #[arg(long)]
+        gradient_checkpointing: bool,
         #[arg(long, default_value_t = 10)]
         steps: usize,
         #[arg(long, default_value_t = 2)]
@@ -126,14 +129,19 @@ fn main() -> Result<()> {
             batch,
             seq,
             masked,
+            gradient_checkpointing,
             steps,
             warmup,
         } => {
+            let ctx = Ctx {
+                checkpoint: gradient_checkpointing,
+                ..Ctx::TRAIN
+            };
             let mut model = load(&model, dtype)?;
             let total = warmup + steps;
             let mut trained = dress(&mut *model, adapter.as_deref(), total)?;
             let batch = random_batch(&*model, batch, seq, masked);
-            step(&*model, &mut trained, &batch, steps, warmup)?
+            step(&*model, &mut trained, &batch, ctx, (steps, warmup))?
         }
         Job::Generate {
             model,
@@ -222,8 +230,8 @@ fn step(
     model: &dyn Decoder,
     trained: &mut Trained,
     (input, labels): &(Input, Tensor),
-    steps: usize,
-    warmup: usize,
+    ctx: Ctx,
+    (steps, warmup): (usize, usize),
 ) -> Result<Value> {
     let leaves = trained.params.iter().map(|it| it.tensor.shallow_clone());
     let mut params: Vec<Tensor> = leaves.filter(Tensor::requires_grad).collect();
@@ -231,7 +239,7 @@ fn step(
     let (mut times, mut losses, mut parts) = (Vec::new(), Vec::new(), Vec::new());
     for i in 0..warmup + steps {
         let begin = Instant::now();
-        let (sum, count) = causal_loss(model, input, labels, Ctx::TRAIN);
+        let (sum, count) = causal_loss(model, input, labels, ctx);
         let loss = sum / count;
         let forward = begin.elapsed().as_secs_f64();
         loss.f_backward()?;

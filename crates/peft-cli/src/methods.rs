@@ -213,6 +213,11 @@ impl Method {
         Ok(map)
     }
 
+    /// Whether blocks are computed again in the backward pass where nobody says.
+    pub(crate) fn checkpoints(&self) -> bool {
+        false
+    }
+
     /// What a run begins with.
     pub(crate) fn ours(&self) -> Map<String, Value> {
         (self.ours)().as_object().cloned().unwrap_or_default()

@@ -10,6 +10,9 @@ pub struct Ctx<'a> {
     pub train: bool,
     /// The rows of the batch go through different adapters; `None`: all through those that are switched on.
     pub rows: Option<&'a Rows>,
+    /// In training, blocks of a model are computed again in the backward pass instead of being kept (1604.06174): the same
+    /// gradients to the bit, in less memory and more time. A model of one's own may do without.
+    pub checkpoint: bool,
 }
 
 impl Ctx<'_> {
@@ -17,11 +20,13 @@ impl Ctx<'_> {
     pub const TRAIN: Ctx<'static> = Ctx {
         train: true,
         rows: None,
+        checkpoint: false,
     };
     /// Evaluation mode.
     pub const EVAL: Ctx<'static> = Ctx {
         train: false,
         rows: None,
+        checkpoint: false,
     };
 }
 
@@ -31,6 +36,7 @@ impl<'a> Ctx<'a> {
         Ctx {
             train: false,
             rows: Some(rows),
+            checkpoint: false,
         }
     }
 }

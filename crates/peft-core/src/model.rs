@@ -5,6 +5,8 @@
 
 use std::collections::BTreeSet;
 
+use tch::Tensor;
+
 use crate::{
     Conv, Embedding, Error, Injection, Linear, Names, Norm, Outline, Param, PromptSlot, Result,
     Site, SiteKind, Start, State, Tuner, Visit, nearest, stack::Place, thaw::thaw,
@@ -58,6 +60,47 @@ pub enum Slot<'a> {
 }
 
 impl Slot<'_> {
+    /// Visits the tensors in here that take gradients: of every adapter, at work or not, and of a thawed base.
+    pub fn leaves(&mut self, visit: &mut dyn FnMut(&Tensor)) {
+        let mut wanted = |it: &Tensor| {
+            if it.requires_grad() {
+                visit(it);
+            }
+        };
+        match self {
+            Slot::Linear(it) => {
+                let base = it.base();
+                base.bias().into_iter().for_each(&mut wanted);
+                if base.is_dense() {
+                    wanted(&base.weight());
+                }
+            }
+            Slot::Embedding(it) => wanted(it.weight()),
+            Slot::Conv(it) => {
+                wanted(it.base().weight());
+                it.base().bias().into_iter().for_each(&mut wanted);
+            }
+            Slot::Norm(it) => {
+                wanted(&it.base().weight);
+                it.base().bias.iter().for_each(&mut wanted);
+            }
+            Slot::Prompt(_) => {}
+        }
+        let place = self.place();
+        let mut names: Vec<String> = place.names().into_iter().map(|it| it.0).collect();
+        names.dedup();
+        for name in names {
+            place.params(&name, &mut |_, it| wanted(it));
+        }
+    }
+
+    /// The adapters at work in here, and whether they are merged: all that decides what a place computes, but for numbers.
+    pub fn worn(&mut self) -> (Vec<String>, bool) {
+        let place = self.place();
+        let on = place.names().into_iter().filter(|it| it.1).map(|it| it.0);
+        (on.collect(), place.merged())
+    }
+
     fn place(&mut self) -> &mut dyn Place {
         match self {
             Slot::Linear(it) => *it,

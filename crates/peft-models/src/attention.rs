@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{Cache, front::Front};
 
 /// What the new positions may look at.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Mask {
     /// Everything: nothing is hidden.
     All,
@@ -26,12 +26,31 @@ pub(crate) enum Mask {
 #[derive(Debug)]
 pub(crate) struct Added {
     /// `[batch or 1, heads or 1, new, past + new]`: −∞ where a position is hidden.
-    scores: Tensor,
+    pub(crate) scores: Tensor,
     /// Positions that see nothing, padding before a text: `[batch, new, 1, 1]`.
     ///
     /// Their sums are 0/0, which would spoil others through 0 · NaN. They see themselves, and their result is made 0, as
     /// libtorch makes it: a softmax over the positions of a text, as answers have it, counts them.
     blind: Option<Tensor>,
+}
+
+impl Clone for Added {
+    fn clone(&self) -> Added {
+        Added {
+            scores: self.scores.shallow_clone(),
+            blind: self.blind.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+}
+
+impl Added {
+    /// The same with these scores for its own, which may be those of another graph.
+    pub(crate) fn with(&self, scores: &Tensor) -> Mask {
+        Mask::Added(Added {
+            scores: scores.shallow_clone(),
+            blind: self.blind.as_ref().map(Tensor::shallow_clone),
+        })
+    }
 }
 
 impl Mask {
@@ -52,7 +71,7 @@ impl Mask {
     }
 
     /// The mask of a decoder whose scores have a `bias` of their own `[1, heads, new, past + new]`.
-    pub(crate) fn biased(bias: &Tensor, past: i64, attention_mask: Option<&Tensor>) -> Mask {
+    pub(crate) fn biased(bias: &Tensor, past: i64, attention_mask: Option<&Tensor>) -> Added {
         let new = bias.size()[2];
         let padding = attention_mask.filter(|it| hides(it));
         if new == 1 && padding.is_none() {
@@ -62,12 +81,12 @@ impl Mask {
     }
 
     /// The same scores with `bias` `[1, heads, new, keys]` added.
-    pub(crate) fn and(self, bias: &Tensor) -> Mask {
+    pub(crate) fn and(self, bias: &Tensor) -> Added {
         let (scores, blind) = match self {
             Mask::Added(it) => (bias + it.scores, it.blind),
             _ => (bias.shallow_clone(), None),
         };
-        Mask::Added(Added { scores, blind })
+        Added { scores, blind }
     }
 
     /// The mask of `new` positions that see every token of `attention_mask` `[batch, keys]`, before and behind them.
@@ -139,7 +158,7 @@ pub(crate) struct Heads {
 #[derive(Debug, Default)]
 pub(crate) struct Before<'a> {
     /// Virtual keys and values, each `[kv_heads, n, d]`.
-    pub(crate) kv: Option<&'a (Tensor, Tensor)>,
+    pub(crate) kv: Option<(&'a Tensor, &'a Tensor)>,
     /// What was seen before, and the number of the layer.
     pub(crate) cache: Option<(&'a mut Cache, usize)>,
 }

@@ -10,6 +10,8 @@
 //! RoBERTa is the same but for where its positions begin: behind the number of its padding token, counted over
 //! what is not padding.
 
+use std::sync::Arc;
+
 use peft_core::{Ctx, Embedding, Linear, Norm, PromptSlot, Result, Slot, Spec, Weights};
 use serde_json::Value;
 use tch::{Kind, Tensor};
@@ -17,6 +19,7 @@ use tch::{Kind, Tensor};
 use crate::{
     Cache, Input,
     attention::{Before, Heads, Mask, attend, counted},
+    block::{Block, Shared},
     body::{Body, Visitor, dropout, layer_norm, root, table},
     config::BertConfig,
     front::Front,
@@ -26,13 +29,13 @@ use crate::{
 /// A BERT or RoBERTa without a head.
 #[derive(Debug)]
 pub(crate) struct Bert {
-    config: BertConfig,
+    config: Arc<BertConfig>,
     prompt: PromptSlot,
     tokens: Embedding,
     places: Embedding,
     types: Embedding,
     norm: Norm,
-    layers: Vec<Layer>,
+    layers: Vec<Shared<Layer>>,
 }
 
 #[derive(Debug)]
@@ -75,8 +78,10 @@ impl Bert {
             places,
             types,
             norm,
-            layers: layers.collect::<Result<_>>()?,
-            config,
+            layers: layers
+                .map(|it| it.map(Shared::new))
+                .collect::<Result<_>>()?,
+            config: Arc::new(config),
         })
     }
 
@@ -128,35 +133,69 @@ impl Layer {
             norm: layer_norm(w, &format!("{at}.output.LayerNorm"), h, c.eps)?,
         })
     }
+
+    /// x: `[batch, new, hidden] -> [batch, new, hidden]`
+    fn forward(
+        &self,
+        c: &BertConfig,
+        x: &Tensor,
+        mask: &Mask,
+        before: Before<'_>,
+        ctx: Ctx,
+    ) -> Tensor {
+        let (size, width) = (x.size(), c.hidden / c.heads);
+        let heads = Heads {
+            scale: (width as f64).powf(-0.5),
+            dropout: c.attention_dropout,
+        };
+        let parts = [&self.query, &self.key, &self.value]
+            .map(|it| it.forward(x, ctx).view([size[0], size[1], c.heads, width]));
+        let y = attend(heads, parts, mask, before, ctx);
+        let y = dropout(self.out.forward(&y, ctx), c.hidden_dropout, ctx);
+        let x = self.attention_norm.forward(&(y + x), ctx);
+        let inner = c.activation.forward(&self.up.forward(&x, ctx)); // [batch, new, intermediate]
+        let y = dropout(self.down.forward(&inner, ctx), c.hidden_dropout, ctx);
+        self.norm.forward(&(y + x), ctx)
+    }
+}
+
+impl Block for Layer {
+    fn slots(&mut self, at: &str, visit: Visitor<'_>) {
+        let at = |name: &str| format!("{at}.{name}");
+        for (name, linear) in [
+            ("attention.self.query", &mut self.query),
+            ("attention.self.key", &mut self.key),
+            ("attention.self.value", &mut self.value),
+            ("attention.output.dense", &mut self.out),
+        ] {
+            visit(&at(name), Slot::Linear(linear));
+        }
+        visit(
+            &at("attention.output.LayerNorm"),
+            Slot::Norm(&mut self.attention_norm),
+        );
+        visit(&at("intermediate.dense"), Slot::Linear(&mut self.up));
+        visit(&at("output.dense"), Slot::Linear(&mut self.down));
+        visit(&at("output.LayerNorm"), Slot::Norm(&mut self.norm));
+    }
 }
 
 impl Body for Bert {
     /// There is nothing to be cached where every position sees every other.
     fn hidden(&self, input: &Input, _: Option<&mut Cache>, ctx: Ctx) -> Tensor {
-        let c = &self.config;
         let kind = self.tokens.weight().kind();
         let front = Front::new(&self.prompt, input, None, kind, ctx);
         let mut x = self.embed(input, &front, ctx); // [batch, new, hidden]
-        let size = x.size();
         let mask = Mask::padding(front.mask.as_ref(), front.new, kind);
-        let width = c.hidden / c.heads;
-        let heads = Heads {
-            scale: (width as f64).powf(-0.5),
-            dropout: c.attention_dropout,
-        };
         for (i, layer) in self.layers.iter().enumerate() {
-            let parts = [&layer.query, &layer.key, &layer.value]
-                .map(|it| it.forward(&x, ctx).view([size[0], size[1], c.heads, width]));
             let before = Before {
                 kv: front.kv(i),
                 cache: None,
             };
-            let y = attend(heads, parts, &mask, before, ctx);
-            let y = dropout(layer.out.forward(&y, ctx), c.hidden_dropout, ctx);
-            x = layer.attention_norm.forward(&(y + x), ctx);
-            let inner = c.activation.forward(&layer.up.forward(&x, ctx)); // [batch, seq, intermediate]
-            let y = dropout(layer.down.forward(&inner, ctx), c.hidden_dropout, ctx);
-            x = layer.norm.forward(&(y + x), ctx);
+            let (c, mask) = (Arc::clone(&self.config), mask.clone());
+            x = layer.run([&x], before, ctx, move |layer, [x], before, ctx| {
+                layer.forward(&c, x, &mask, before, ctx)
+            });
         }
         x
     }
@@ -216,22 +255,7 @@ impl Body for Bert {
             visit(&places, Slot::Embedding(&mut self.places));
         }
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            let at = |name: &str| format!("{root}encoder.layer.{i}.{name}");
-            for (name, linear) in [
-                ("attention.self.query", &mut layer.query),
-                ("attention.self.key", &mut layer.key),
-                ("attention.self.value", &mut layer.value),
-                ("attention.output.dense", &mut layer.out),
-            ] {
-                visit(&at(name), Slot::Linear(linear));
-            }
-            visit(
-                &at("attention.output.LayerNorm"),
-                Slot::Norm(&mut layer.attention_norm),
-            );
-            visit(&at("intermediate.dense"), Slot::Linear(&mut layer.up));
-            visit(&at("output.dense"), Slot::Linear(&mut layer.down));
-            visit(&at("output.LayerNorm"), Slot::Norm(&mut layer.norm));
+            layer.visit(|it| it.slots(&format!("{root}encoder.layer.{i}"), visit));
         }
     }
 }

@@ -149,8 +149,9 @@ impl Front {
     }
 
     /// Keys and values before those of a layer.
-    pub(crate) fn kv(&self, layer: usize) -> Option<&(Tensor, Tensor)> {
-        self.kv.as_ref().and_then(|it| it.get(layer))
+    pub(crate) fn kv(&self, layer: usize) -> Option<(&Tensor, &Tensor)> {
+        let layer = self.kv.as_ref().and_then(|it| it.get(layer));
+        layer.map(|(key, value)| (key, value))
     }
 
     /// Positions of the new ones as the caller gave them, `[batch or 1, new]`.

@@ -10,6 +10,8 @@
 //! Its linear layers are kept `[in, out]` on disk (`Conv1D` in `transformers`) and are transposed views here:
 //! everything else sees `[out, in]`.
 
+use std::sync::Arc;
+
 use peft_core::{Ctx, Embedding, Linear, Norm, PromptSlot, Result, Slot, Spec, Weights};
 use serde_json::Value;
 use tch::Tensor;
@@ -17,6 +19,7 @@ use tch::Tensor;
 use crate::{
     Cache, Input,
     attention::{Before, Heads, Mask, attend},
+    block::{self, Shared},
     body::{Body, Visitor, dropout, layer_norm, root},
     config::Gpt2Config,
     front::Front,
@@ -26,11 +29,11 @@ use crate::{
 /// A GPT-2 without a head.
 #[derive(Debug)]
 pub(crate) struct Gpt2 {
-    config: Gpt2Config,
+    config: Arc<Gpt2Config>,
     prompt: PromptSlot,
     tokens: Embedding,
     places: Embedding,
-    blocks: Vec<Block>,
+    blocks: Vec<Shared<Block>>,
     norm: Norm,
 }
 
@@ -52,7 +55,9 @@ impl Gpt2 {
         let tokens = weights.tensor(&format!("{root}wte.weight"), &[c.vocab, c.hidden])?;
         let places = weights.tensor(&format!("{root}wpe.weight"), &[c.max_positions, c.hidden])?;
         let blocks = (0..c.layers).map(|i| Block::build(c, &format!("{root}h.{i}"), weights));
-        let blocks = blocks.collect::<Result<_>>()?;
+        let blocks = blocks
+            .map(|it| it.map(Shared::new))
+            .collect::<Result<_>>()?;
         let norm = layer_norm(weights, &format!("{root}ln_f"), c.hidden, c.eps)?;
         Ok(Gpt2 {
             prompt: PromptSlot::new(&tokens),
@@ -60,7 +65,7 @@ impl Gpt2 {
             places: Embedding::new(places),
             blocks,
             norm,
-            config,
+            config: Arc::new(config),
         })
     }
 
@@ -91,6 +96,38 @@ impl Block {
             proj: w.linear_transposed(&format!("{at}.mlp.c_proj"), (h, c.inner))?,
         })
     }
+
+    /// x: `[batch, new, hidden] -> [batch, new, hidden]`
+    fn forward(
+        &self,
+        (c, heads): (&Gpt2Config, Heads),
+        x: &Tensor,
+        mask: &Mask,
+        before: Before<'_>,
+        ctx: Ctx,
+    ) -> Tensor {
+        let size = x.size();
+        let qkv = self.qkv.forward(&self.norm1.forward(x, ctx), ctx); // [batch, new, 3 · hidden]
+        let qkv = qkv.view([size[0], size[1], 3 * c.heads, c.hidden / c.heads]);
+        let mut parts = qkv.split(c.heads, 2).into_iter();
+        let parts = [(); 3].map(|()| parts.next().expect("three parts"));
+        let y = attend(heads, parts, mask, before, ctx);
+        let x = dropout(self.out.forward(&y, ctx), c.resid_dropout, ctx) + x;
+        let inner = self.fc.forward(&self.norm2.forward(&x, ctx), ctx); // [batch, new, inner]
+        let inner = c.activation.forward(&inner);
+        dropout(self.proj.forward(&inner, ctx), c.resid_dropout, ctx) + x
+    }
+}
+
+impl block::Block for Block {
+    fn slots(&mut self, at: &str, visit: Visitor<'_>) {
+        visit(&format!("{at}.ln_1"), Slot::Norm(&mut self.norm1));
+        visit(&format!("{at}.attn.c_attn"), Slot::Linear(&mut self.qkv));
+        visit(&format!("{at}.attn.c_proj"), Slot::Linear(&mut self.out));
+        visit(&format!("{at}.ln_2"), Slot::Norm(&mut self.norm2));
+        visit(&format!("{at}.mlp.c_fc"), Slot::Linear(&mut self.fc));
+        visit(&format!("{at}.mlp.c_proj"), Slot::Linear(&mut self.proj));
+    }
 }
 
 impl Body for Gpt2 {
@@ -102,21 +139,15 @@ impl Body for Gpt2 {
         let mut x = x + self.places.forward(&front.positions(&input.ids), ctx);
         x = dropout(x, c.embd_dropout, ctx);
         let mask = Mask::new(&front, None, &x);
-        let size = x.size();
         for (i, block) in self.blocks.iter().enumerate() {
-            let qkv = block.qkv.forward(&block.norm1.forward(&x, ctx), ctx); // [batch, seq, 3 · hidden]
-            let qkv = qkv.view([size[0], size[1], 3 * c.heads, c.hidden / c.heads]);
-            let mut parts = qkv.split(c.heads, 2).into_iter();
-            let parts = [(); 3].map(|()| parts.next().expect("three parts"));
             let before = Before {
                 kv: front.kv(i),
                 cache: cache.as_deref_mut().map(|it| (it, i)),
             };
-            let y = attend(self.heads(i), parts, &mask, before, ctx);
-            x = dropout(block.out.forward(&y, ctx), c.resid_dropout, ctx) + x;
-            let inner = block.fc.forward(&block.norm2.forward(&x, ctx), ctx); // [batch, seq, inner]
-            let inner = c.activation.forward(&inner);
-            x = dropout(block.proj.forward(&inner, ctx), c.resid_dropout, ctx) + x;
+            let (c, heads, mask) = (Arc::clone(c), self.heads(i), mask.clone());
+            x = block.run([&x], before, ctx, move |block, [x], before, ctx| {
+                block.forward((&c, heads), x, &mask, before, ctx)
+            });
         }
         front.finish(cache);
         self.norm.forward(&x, ctx)
@@ -164,13 +195,7 @@ impl Body for Gpt2 {
         visit(&format!("{root}wte"), Slot::Embedding(&mut self.tokens));
         visit(&format!("{root}wpe"), Slot::Embedding(&mut self.places));
         for (i, block) in self.blocks.iter_mut().enumerate() {
-            let at = format!("{root}h.{i}");
-            visit(&format!("{at}.ln_1"), Slot::Norm(&mut block.norm1));
-            visit(&format!("{at}.attn.c_attn"), Slot::Linear(&mut block.qkv));
-            visit(&format!("{at}.attn.c_proj"), Slot::Linear(&mut block.out));
-            visit(&format!("{at}.ln_2"), Slot::Norm(&mut block.norm2));
-            visit(&format!("{at}.mlp.c_fc"), Slot::Linear(&mut block.fc));
-            visit(&format!("{at}.mlp.c_proj"), Slot::Linear(&mut block.proj));
+            block.visit(|it| block::Block::slots(it, &format!("{root}h.{i}"), visit));
         }
         visit(&format!("{root}ln_f"), Slot::Norm(&mut self.norm));
     }

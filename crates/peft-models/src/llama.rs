@@ -10,6 +10,8 @@
 //! Qwen 2 has biases on Q, K, V; Qwen 3 a norm on each head of Q and K; Mistral and Qwen may look back
 //! through a window only. Names are those of `transformers`.
 
+use std::sync::Arc;
+
 use peft_core::{Ctx, Embedding, Linear, Norm, PromptSlot, Result, Slot, Spec, Weights};
 use peft_torch::rope;
 use serde_json::Value;
@@ -18,6 +20,7 @@ use tch::Tensor;
 use crate::{
     Cache, Input,
     attention::{Before, Heads, Mask, attend},
+    block::{Block, Shared},
     body::{Body, Visitor, rms_norm, root},
     config::LlamaConfig,
     front::Front,
@@ -27,10 +30,10 @@ use crate::{
 /// A model of the Llama family without a head.
 #[derive(Debug)]
 pub(crate) struct Llama {
-    config: LlamaConfig,
+    config: Arc<LlamaConfig>,
     prompt: PromptSlot,
     embed: Embedding,
-    layers: Vec<Layer>,
+    layers: Vec<Shared<Layer>>,
     norm: Norm,
 }
 
@@ -67,36 +70,38 @@ impl Llama {
         let root = root(weights, &["model.", "transformer."], "embed_tokens.weight");
         let embed = weights.tensor(&format!("{root}embed_tokens.weight"), &[c.vocab, c.hidden])?;
         let layers = (0..c.layers).map(|i| Layer::build(c, &format!("{root}layers.{i}"), weights));
-        let layers = layers.collect::<Result<_>>()?;
+        let layers = layers
+            .map(|it| it.map(Shared::new))
+            .collect::<Result<_>>()?;
         let norm = rms_norm(weights, &format!("{root}norm"), c.hidden, c.eps)?;
         Ok(Llama {
             prompt: PromptSlot::new(&embed),
             embed: Embedding::new(embed),
             layers,
             norm,
-            config,
+            config: Arc::new(config),
         })
     }
+}
 
-    fn attention(
+impl Attention {
+    fn forward(
         &self,
-        layer: &Attention,
+        c: &LlamaConfig,
         x: &Tensor,
-        turn: &(Tensor, Tensor),
-        mask: &Mask,
+        around: &Around,
         before: Before<'_>,
         ctx: Ctx,
     ) -> Tensor {
-        let c = &self.config;
         let size = x.size();
         let split = |y: Tensor, heads: i64| y.view([size[0], size[1], heads, c.head_dim]);
-        let mut q = split(layer.q.forward(x, ctx), c.heads);
-        let mut k = split(layer.k.forward(x, ctx), c.kv_heads);
-        let v = split(layer.v.forward(x, ctx), c.kv_heads);
-        if let Some((q_norm, k_norm)) = &layer.qk_norm {
+        let mut q = split(self.q.forward(x, ctx), c.heads);
+        let mut k = split(self.k.forward(x, ctx), c.kv_heads);
+        let v = split(self.v.forward(x, ctx), c.kv_heads);
+        if let Some((q_norm, k_norm)) = &self.qk_norm {
             (q, k) = (q_norm.forward(&q, ctx), k_norm.forward(&k, ctx));
         }
-        let (cos, sin) = turn;
+        let Around { cos, sin, mask } = around;
         let heads = Heads {
             scale: (c.head_dim as f64).powf(-0.5),
             dropout: c.attention_dropout,
@@ -108,8 +113,17 @@ impl Llama {
             before,
             ctx,
         );
-        layer.o.forward(&y, ctx)
+        self.o.forward(&y, ctx)
     }
+}
+
+/// Where the positions are and what they may look at.
+#[derive(Debug)]
+struct Around {
+    /// `[batch or 1, new, head_dim / 2]`
+    cos: Tensor,
+    sin: Tensor,
+    mask: Mask,
 }
 
 impl Layer {
@@ -141,6 +155,59 @@ impl Layer {
             },
         })
     }
+
+    /// x: `[batch, new, hidden] -> [batch, new, hidden]`
+    fn forward(
+        &self,
+        c: &LlamaConfig,
+        x: &Tensor,
+        around: &Around,
+        before: Before<'_>,
+        ctx: Ctx,
+    ) -> Tensor {
+        let h = self.input_norm.forward(x, ctx);
+        let x = self.attention.forward(c, &h, around, before, ctx) + x;
+        let h = self.mlp_norm.forward(&x, ctx);
+        let (gate, up) = (
+            self.mlp.gate.forward(&h, ctx),
+            self.mlp.up.forward(&h, ctx),
+        );
+        let inner = c.activation.gated(&gate, &up); // [batch, new, intermediate]
+        self.mlp.down.forward(&inner, ctx) + x
+    }
+}
+
+impl Block for Layer {
+    fn slots(&mut self, at: &str, visit: Visitor<'_>) {
+        let attn = &mut self.attention;
+        for (name, linear) in [
+            ("q_proj", &mut attn.q),
+            ("k_proj", &mut attn.k),
+            ("v_proj", &mut attn.v),
+            ("o_proj", &mut attn.o),
+        ] {
+            visit(&format!("{at}.self_attn.{name}"), Slot::Linear(linear));
+        }
+        if let Some((q, k)) = &mut attn.qk_norm {
+            visit(&format!("{at}.self_attn.q_norm"), Slot::Norm(q));
+            visit(&format!("{at}.self_attn.k_norm"), Slot::Norm(k));
+        }
+        for (name, linear) in [
+            ("gate_proj", &mut self.mlp.gate),
+            ("up_proj", &mut self.mlp.up),
+            ("down_proj", &mut self.mlp.down),
+        ] {
+            visit(&format!("{at}.mlp.{name}"), Slot::Linear(linear));
+        }
+        visit(
+            &format!("{at}.input_layernorm"),
+            Slot::Norm(&mut self.input_norm),
+        );
+        visit(
+            &format!("{at}.post_attention_layernorm"),
+            Slot::Norm(&mut self.mlp_norm),
+        );
+    }
 }
 
 impl Body for Llama {
@@ -148,7 +215,7 @@ impl Body for Llama {
         let kind = self.embed.weight().kind();
         let front = Front::new(&self.prompt, input, cache.as_deref_mut(), kind, ctx);
         let mut x = front.put(self.embed.forward(&input.ids, ctx)); // [batch, new, hidden]
-        let turn = self.config.rope.tables(&front.positions(&input.ids));
+        let (cos, sin) = self.config.rope.tables(&front.positions(&input.ids));
         let whole = Mask::new(&front, None, &x);
         let window = self.config.windows.iter().flatten().next();
         let window = window.map(|&w| Mask::new(&front, Some(w), &x));
@@ -161,15 +228,17 @@ impl Body for Llama {
                 kv: front.kv(i),
                 cache: cache.as_deref_mut().map(|it| (it, i)),
             };
-            let h = layer.input_norm.forward(&x, ctx);
-            x = self.attention(&layer.attention, &h, &turn, mask, before, ctx) + x;
-            let h = layer.mlp_norm.forward(&x, ctx);
-            let (gate, up) = (
-                layer.mlp.gate.forward(&h, ctx),
-                layer.mlp.up.forward(&h, ctx),
+            let (c, around) = (
+                Arc::clone(&self.config),
+                Around {
+                    cos: cos.shallow_clone(),
+                    sin: sin.shallow_clone(),
+                    mask: mask.clone(),
+                },
             );
-            let inner = self.config.activation.gated(&gate, &up); // [batch, seq, intermediate]
-            x = layer.mlp.down.forward(&inner, ctx) + x;
+            x = layer.run([&x], before, ctx, move |layer, [x], before, ctx| {
+                layer.forward(&c, x, &around, before, ctx)
+            });
         }
         front.finish(cache);
         self.norm.forward(&x, ctx)
@@ -217,35 +286,7 @@ impl Body for Llama {
             Slot::Embedding(&mut self.embed),
         );
         for (i, layer) in self.layers.iter_mut().enumerate() {
-            let at = format!("{root}layers.{i}");
-            let attn = &mut layer.attention;
-            for (name, linear) in [
-                ("q_proj", &mut attn.q),
-                ("k_proj", &mut attn.k),
-                ("v_proj", &mut attn.v),
-                ("o_proj", &mut attn.o),
-            ] {
-                visit(&format!("{at}.self_attn.{name}"), Slot::Linear(linear));
-            }
-            if let Some((q, k)) = &mut attn.qk_norm {
-                visit(&format!("{at}.self_attn.q_norm"), Slot::Norm(q));
-                visit(&format!("{at}.self_attn.k_norm"), Slot::Norm(k));
-            }
-            for (name, linear) in [
-                ("gate_proj", &mut layer.mlp.gate),
-                ("up_proj", &mut layer.mlp.up),
-                ("down_proj", &mut layer.mlp.down),
-            ] {
-                visit(&format!("{at}.mlp.{name}"), Slot::Linear(linear));
-            }
-            visit(
-                &format!("{at}.input_layernorm"),
-                Slot::Norm(&mut layer.input_norm),
-            );
-            visit(
-                &format!("{at}.post_attention_layernorm"),
-                Slot::Norm(&mut layer.mlp_norm),
-            );
+            layer.visit(|it| it.slots(&format!("{root}layers.{i}"), visit));
         }
         visit(&format!("{root}norm"), Slot::Norm(&mut self.norm));
     }

@@ -10,6 +10,8 @@
 //! into buckets, near ones each in its own, far ones in wider and wider ones. One table serves all layers of a stack.
 //! Version 1.1 gates its MLP, has a head of its own and does not scale the vectors in front of it.
 
+use std::sync::Arc;
+
 use peft_core::{
     Ctx, Dense, Embedding, Error, Linear, Model, Norm, PromptSlot, Result, Slot, Spec, State,
     Weights,
@@ -20,6 +22,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     Cache, Decoder, IGNORE, Input, Labels, Network, Task,
     attention::{Before, Heads, Mask, attend},
+    block::{self, Shared},
     body::{Visitor, dropout, rms_norm, table},
     config::T5Config,
     front::{Front, ones_before},
@@ -33,7 +36,7 @@ use crate::{
 /// A T5 that writes a text for a text.
 #[derive(Debug)]
 pub(crate) struct T5 {
-    config: T5Config,
+    config: Arc<T5Config>,
     prompt: PromptSlot,
     shared: Embedding,
     encoder: Stack,
@@ -45,7 +48,7 @@ pub(crate) struct T5 {
 
 #[derive(Debug)]
 struct Stack {
-    blocks: Vec<Block>,
+    blocks: Vec<Shared<Block>>,
     /// `[buckets, heads]`, kept in the first block.
     bias: Embedding,
     norm: Norm,
@@ -117,7 +120,7 @@ impl T5 {
                 fresh: Vec::new(),
                 aside: Vec::new(),
             },
-            config,
+            config: Arc::new(config),
         })
     }
 
@@ -160,6 +163,7 @@ impl Stack {
         let bias = format!("{at}.block.0.layer.0.SelfAttention.relative_attention_bias");
         let blocks = (0..layers)
             .map(|i| Block::build(c, &format!("{at}.block.{i}"), at == "decoder", w))
+            .map(|it| it.map(Shared::new))
             .collect::<Result<_>>()?;
         Ok(Stack {
             blocks,
@@ -189,30 +193,8 @@ impl Stack {
     fn slots(&mut self, at: &str, visit: Visitor<'_>) {
         let mut bias = Some(&mut self.bias);
         for (i, block) in self.blocks.iter_mut().enumerate() {
-            let at = format!("{at}.block.{i}.layer");
-            block
-                .attention
-                .slots(&format!("{at}.0.SelfAttention"), visit);
-            if let Some(bias) = bias.take() {
-                visit(
-                    &format!("{at}.0.SelfAttention.relative_attention_bias"),
-                    Slot::Embedding(bias),
-                );
-            }
-            visit(&format!("{at}.0.layer_norm"), Slot::Norm(&mut block.norm));
-            let mut last = 1;
-            if let Some((norm, cross)) = &mut block.cross {
-                cross.slots(&format!("{at}.1.EncDecAttention"), visit);
-                visit(&format!("{at}.1.layer_norm"), Slot::Norm(norm));
-                last = 2;
-            }
-            block
-                .mlp
-                .slots(&format!("{at}.{last}.DenseReluDense"), visit);
-            visit(
-                &format!("{at}.{last}.layer_norm"),
-                Slot::Norm(&mut block.mlp_norm),
-            );
+            let at = format!("{at}.block.{i}");
+            block.visit(|it| it.slots_with(&at, bias.take(), visit));
         }
         visit(
             &format!("{at}.final_layer_norm"),
@@ -260,6 +242,66 @@ impl Block {
             mlp_norm: rms_norm(w, &layer(last, "layer_norm"), h, eps)?,
             mlp: Mlp::build(c, &layer(last, "DenseReluDense"), w)?,
         })
+    }
+
+    /// x: `[batch, new, hidden] -> [batch, new, hidden]`; source: the encoder's output for a decoder, and its mask.
+    fn forward(
+        &self,
+        c: &T5Config,
+        x: &Tensor,
+        mask: &Mask,
+        source: Option<(&Tensor, &Mask)>,
+        before: Before<'_>,
+        ctx: Ctx,
+    ) -> Tensor {
+        let Before { kv, mut cache } = before;
+        let before = Before {
+            kv,
+            cache: cache.as_mut().map(|(it, layer)| (&mut **it, *layer)),
+        };
+        let h = self.norm.forward(x, ctx);
+        let keys = self.attention.keys(c, &h, ctx);
+        let y = self.attention.forward(c, &h, keys, mask, before, ctx);
+        let mut x = dropout(y, c.dropout, ctx) + x;
+        if let (Some((norm, cross)), Some((states, mask))) = (&self.cross, source) {
+            // A handle of this block's own: so gradients of the encoder's output are summed block by block, as they
+            // are where blocks are computed again.
+            let make = || cross.keys(c, &states.alias(), ctx);
+            let keys = match cache {
+                Some((cache, layer)) => cache.crossed(layer, make),
+                None => make(),
+            };
+            let h = norm.forward(&x, ctx);
+            let y = cross.forward(c, &h, keys, mask, Before::default(), ctx);
+            x = dropout(y, c.dropout, ctx) + x;
+        }
+        let y = self.mlp.forward(c, &self.mlp_norm.forward(&x, ctx), ctx);
+        dropout(y, c.dropout, ctx) + x
+    }
+
+    /// Visits every place, in the first block of a stack with the table of distances.
+    fn slots_with(&mut self, at: &str, bias: Option<&mut Embedding>, visit: Visitor<'_>) {
+        let at = |i: i64, name: &str| format!("{at}.layer.{i}.{name}");
+        self.attention.slots(&at(0, "SelfAttention"), visit);
+        if let Some(bias) = bias {
+            let name = at(0, "SelfAttention.relative_attention_bias");
+            visit(&name, Slot::Embedding(bias));
+        }
+        visit(&at(0, "layer_norm"), Slot::Norm(&mut self.norm));
+        let mut last = 1;
+        if let Some((norm, cross)) = &mut self.cross {
+            cross.slots(&at(1, "EncDecAttention"), visit);
+            visit(&at(1, "layer_norm"), Slot::Norm(norm));
+            last = 2;
+        }
+        self.mlp.slots(&at(last, "DenseReluDense"), visit);
+        visit(&at(last, "layer_norm"), Slot::Norm(&mut self.mlp_norm));
+    }
+}
+
+impl block::Block for Block {
+    fn slots(&mut self, at: &str, visit: Visitor<'_>) {
+        self.slots_with(at, None, visit);
     }
 }
 
@@ -377,13 +419,11 @@ impl Seq2Seq for T5 {
         let bias = stack.distances(c, (source, 0), true, ctx);
         let seen = Mask::padding(mask.as_ref(), source, x.kind()).and(&bias);
         for block in &stack.blocks {
-            let h = block.norm.forward(&x, ctx);
-            let keys = block.attention.keys(c, &h, ctx);
-            let before = Before::default();
-            let y = block.attention.forward(c, &h, keys, &seen, before, ctx);
-            x = dropout(y, c.dropout, ctx) + x;
-            let y = block.mlp.forward(c, &block.mlp_norm.forward(&x, ctx), ctx);
-            x = dropout(y, c.dropout, ctx) + x;
+            let (c, mask, inputs) = (Arc::clone(c), seen.clone(), [&x, &seen.scores]);
+            x = block.run(inputs, Before::default(), ctx, move |block, inputs, before, ctx| {
+                let [x, scores] = inputs;
+                block.forward(&c, x, &mask.with(scores), None, before, ctx)
+            });
         }
         Encoded {
             states: dropout(stack.norm.forward(&x, ctx), c.dropout, ctx),
@@ -406,29 +446,20 @@ impl Seq2Seq for T5 {
         let mut x = dropout(self.shared.forward(ids, ctx), c.dropout, ctx); // [batch, target, hidden]
         let new = front.new;
         let bias = stack.distances(c, (new, front.past), false, ctx);
-        let mask = Mask::biased(&bias, front.past, front.mask.as_ref());
+        let seen = Mask::biased(&bias, front.past, front.mask.as_ref());
         let cross_mask = Mask::padding(source.mask.as_ref(), new, kind);
         for (i, block) in stack.blocks.iter().enumerate() {
-            let h = block.norm.forward(&x, ctx);
-            let keys = block.attention.keys(c, &h, ctx);
             let before = Before {
                 kv: front.kv(i),
                 cache: cache.as_deref_mut().map(|it| (it, i)),
             };
-            let y = block.attention.forward(c, &h, keys, &mask, before, ctx);
-            x = dropout(y, c.dropout, ctx) + x;
-            if let Some((norm, cross)) = &block.cross {
-                let make = || cross.keys(c, &source.states, ctx);
-                let keys = match cache.as_deref_mut() {
-                    Some(cache) => cache.crossed(i, make),
-                    None => make(),
-                };
-                let h = norm.forward(&x, ctx);
-                let y = cross.forward(c, &h, keys, &cross_mask, Before::default(), ctx);
-                x = dropout(y, c.dropout, ctx) + x;
-            }
-            let y = block.mlp.forward(c, &block.mlp_norm.forward(&x, ctx), ctx);
-            x = dropout(y, c.dropout, ctx) + x;
+            let (c, mask, cross_mask) = (Arc::clone(c), seen.clone(), cross_mask.clone());
+            let inputs = [&x, &seen.scores, &source.states];
+            x = block.run(inputs, before, ctx, move |block, inputs, before, ctx| {
+                let [x, scores, states] = inputs;
+                let source = Some((states, &cross_mask));
+                block.forward(&c, x, &mask.with(scores), source, before, ctx)
+            });
         }
         front.finish(cache);
         let x = dropout(stack.norm.forward(&x, ctx), c.dropout, ctx);

@@ -99,3 +99,6 @@ extern "C" int peft_vjp(at::Tensor** outputs, at::Tensor** grads, size_t nout, a
 
 // Forgets the gradient of a leaf; its memory is free once nobody else holds it.
 extern "C" void peft_drop_grad(at::Tensor* leaf) { leaf->mutable_grad().reset(); }
+
+// Whether two handles are of one tensor.
+extern "C" int peft_same(at::Tensor* a, at::Tensor* b) { return a->is_same(*b); }

@@ -8,6 +8,28 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/util/ThreadLocalDebugInfo.h>
+#include <atomic>
+
+namespace {
+// What the allocator of main memory tells whoever profiles it, added up.
+struct Counted : c10::MemoryReportingInfoBase {
+  std::atomic<int64_t> now{0}, peak{0};
+  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device device) override {
+    if (!device.is_cpu()) return;
+    int64_t held = now += size, most = peak;
+    while (held > most && !peak.compare_exchange_weak(most, held)) {
+    }
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+};
+
+// A count that goes on; backward passes take it along to their threads.
+struct Counter {
+  std::shared_ptr<Counted> counted = std::make_shared<Counted>();
+  c10::DebugInfoGuard guard{c10::DebugInfoKind::PROFILER_STATE, counted};
+};
+}  // namespace
 
 extern "C" {
 
@@ -103,6 +125,18 @@ void peft_parallel_for(int64_t n, void (*body)(void*, int64_t), void* state) {
   at::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) body(state, i);
   });
+}
+
+// Counts bytes of tensors in main memory until the counter is given back on the same thread.
+int peft_count_start(void** counter, char** err) {
+  return guarded(err, [&] { *counter = new Counter(); });
+}
+
+void peft_count_stop(void* counter, int64_t* now, int64_t* peak) {
+  auto* it = static_cast<Counter*>(counter);
+  *now = it->counted->now;
+  *peak = it->counted->peak;
+  delete it;
 }
 
 // A tensor over memory that `drop(owner)` releases.

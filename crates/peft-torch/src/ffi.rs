@@ -48,6 +48,7 @@ unsafe extern "C" {
         err: *mut *mut c_char,
     ) -> c_int;
     fn peft_drop_grad(leaf: P);
+    fn peft_same(a: P, b: P) -> c_int;
     fn peft_linear_onednn(x: P, w: P, b: P, y: *mut P, err: *mut *mut c_char) -> c_int;
     fn peft_has_onednn() -> c_int;
     fn peft_grad_enabled() -> c_int;
@@ -75,6 +76,8 @@ unsafe extern "C" {
         err: *mut *mut c_char,
     ) -> c_int;
     fn peft_cuda_reset_peak(device: c_int, err: *mut *mut c_char) -> c_int;
+    fn peft_count_start(counter: *mut *mut c_void, err: *mut *mut c_char) -> c_int;
+    fn peft_count_stop(counter: *mut c_void, now: *mut i64, peak: *mut i64);
     fn peft_from_blob(
         data: *mut c_void,
         shape: *const i64,
@@ -302,6 +305,12 @@ pub(crate) fn drop_grad(leaf: &mut Tensor) {
     unsafe { peft_drop_grad(ptr(leaf)) }
 }
 
+/// Whether two handles are of one tensor.
+pub(crate) fn same(a: &Tensor, b: &Tensor) -> bool {
+    // SAFETY: live tensors, which are looked at only.
+    unsafe { peft_same(ptr(a), ptr(b)) != 0 }
+}
+
 pub(crate) fn linear_onednn(
     x: &Tensor,
     w: &Tensor,
@@ -383,6 +392,39 @@ pub(crate) fn cuda_memory(device: c_int) -> Result<(i64, i64), TchError> {
 pub(crate) fn cuda_reset_peak(device: c_int) -> Result<(), TchError> {
     // SAFETY: no memory is passed.
     call(|err| unsafe { peft_cuda_reset_peak(device, err) })
+}
+
+/// Counts the bytes that tensors take in main memory on this thread, until [`Counter::stop`] or a panic.
+pub(crate) struct Counter(*mut c_void);
+
+impl Counter {
+    pub(crate) fn start() -> Result<Counter, TchError> {
+        let mut counter = null_mut();
+        // SAFETY: a place for one pointer.
+        call(|err| unsafe { peft_count_start(&mut counter, err) })?;
+        Ok(Counter(counter))
+    }
+
+    /// Bytes that are held still and bytes that were held at most, of those taken since the start.
+    pub(crate) fn stop(mut self) -> (i64, i64) {
+        self.close()
+    }
+
+    fn close(&mut self) -> (i64, i64) {
+        let (mut now, mut peak) = (0, 0);
+        let counter = std::mem::replace(&mut self.0, null_mut());
+        if !counter.is_null() {
+            // SAFETY: from `peft_count_start` on this thread, as a raw pointer keeps it there; given back once.
+            unsafe { peft_count_stop(counter, &mut now, &mut peak) };
+        }
+        (now, peak)
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        self.close();
+    }
 }
 
 /// A tensor over `bytes`, which `owner` keeps alive.

@@ -1,7 +1,8 @@
 //! What tch lacks of libtorch, behind safe Rust.
 //!
 //! tch binds nearly every operation of libtorch and stops there. Fine-tuning
-//! wants a little more: autograd functions of one's own ([`Function`]), the
+//! wants a little more: autograd functions of one's own ([`Function`]), parts
+//! that are computed again instead of being kept ([`checkpoint`]), the
 //! optimiser step over all tensors at once ([`AdamW`]), products that use the
 //! faster of the two libraries inside libtorch ([`linear`]), a few kernels
 //! that read memory once instead of five times ([`rms_norm`], [`rope`],
@@ -15,6 +16,7 @@
 
 mod adamw;
 mod attention;
+mod checkpoint;
 pub mod cuda;
 mod ffi;
 mod function;
@@ -29,6 +31,7 @@ mod threads;
 
 pub use adamw::{AdamW, Moments};
 pub use attention::attention;
+pub use checkpoint::checkpoint;
 pub use function::{Function, apply, backward, drop_grad, vjp};
 pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
 pub use low_rank::add_low_rank;

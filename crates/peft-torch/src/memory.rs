@@ -38,6 +38,25 @@ pub fn reset_peak(device: Device) {
     }
 }
 
+/// Runs `body` and counts what tensors hold in main memory, in bytes: of what this thread and its backward passes take
+/// meanwhile, how much is left and how much there was at most.
+///
+/// Exact where [`usage`] is not: blocks that the C library keeps, programs and mapped files do not count. Each block
+/// costs an entry in a table, so it is for tests and measurements. Counts do not nest: the inner one has it all.
+pub fn counted<T>(body: impl FnOnce() -> T) -> Result<(T, Usage), TchError> {
+    let counter = ffi::Counter::start()?;
+    let result = body();
+    let (now, peak) = counter.stop();
+    let bytes = |it: i64| it.max(0) as u64;
+    Ok((
+        result,
+        Usage {
+            now: bytes(now),
+            peak: bytes(peak),
+        },
+    ))
+}
+
 #[cfg(target_os = "linux")]
 fn resident() -> Option<Usage> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;

@@ -23,16 +23,31 @@ pub fn with_seed<T>(seed: i64, body: impl FnOnce() -> T) -> Result<T, TchError> 
         false => 0,
     };
     // libtorch seeds those of the graphics cards along.
-    let all = std::iter::once(Device::Cpu).chain((0..cards).map(Device::Cuda));
-    let before: Vec<(Device, Tensor)> = all
-        .map(|device| Ok((device, state(device)?)))
-        .collect::<Result<_, TchError>>()?;
+    let before = snapshot((0..cards).map(Device::Cuda))?;
     tch::manual_seed(seed);
     let result = body();
-    for (device, state) in &before {
-        set_state(*device, state)?;
-    }
+    restore(&before)?;
     Ok(result)
+}
+
+/// The states of the generators of the processor and of `devices`, each once.
+pub(crate) fn snapshot(
+    devices: impl IntoIterator<Item = Device>,
+) -> Result<Vec<(Device, Tensor)>, TchError> {
+    let mut all = vec![Device::Cpu];
+    for device in devices {
+        if !all.contains(&device) {
+            all.push(device);
+        }
+    }
+    let one = |device| Ok((device, state(device)?));
+    all.into_iter().map(one).collect()
+}
+
+/// Puts back what [`snapshot`] has given.
+pub(crate) fn restore(states: &[(Device, Tensor)]) -> Result<(), TchError> {
+    let mut states = states.iter();
+    states.try_for_each(|(device, state)| set_state(*device, state))
 }
 
 fn index(device: Device) -> Result<i32, TchError> {

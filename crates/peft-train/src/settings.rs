@@ -9,6 +9,7 @@
 //! A misspelt key would silently train something else; it is an error that
 //! names the nearest one.
 
+use peft_core::Ctx;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -29,6 +30,9 @@ pub struct Settings {
     pub per_device_eval_batch_size: usize,
     /// Batches whose gradients are added up for one step.
     pub gradient_accumulation_steps: usize,
+    /// Blocks of the model are computed again in the backward pass instead of being kept: the same numbers to the bit, in
+    /// less memory and about a third more time.
+    pub gradient_checkpointing: bool,
     /// How often all rows are seen; may be a fraction. `epochs` is understood, too.
     #[serde(alias = "epochs")]
     pub num_train_epochs: f64,
@@ -80,6 +84,7 @@ impl Default for Settings {
             per_device_train_batch_size: 8,
             per_device_eval_batch_size: 8,
             gradient_accumulation_steps: 1,
+            gradient_checkpointing: false,
             num_train_epochs: 3.0,
             max_steps: -1,
             lr_scheduler_type: ScheduleType::Cosine,
@@ -115,6 +120,14 @@ const ALIASES: [(&str, &str); 3] = [
 const WARMUP: f64 = 0.03;
 
 impl Settings {
+    /// Training mode, as these settings have it.
+    pub fn ctx(&self) -> Ctx<'static> {
+        Ctx {
+            checkpoint: self.gradient_checkpointing,
+            ..Ctx::TRAIN
+        }
+    }
+
     /// The names of all settings, long ones first, then the short ones.
     pub fn keys() -> Vec<String> {
         let json = serde_json::to_value(Settings::default()).unwrap_or_default();
@@ -315,6 +328,7 @@ mod tests {
             json!({"lr_scheduler_type": "cosinus"}),
             json!({"lr_scheduler_kwargs": {"cycles": 2}}),
             json!({"logging_steps": "often"}),
+            json!({"gradient_checkpointing": 1}),
         ];
         for json in bad {
             let key = json

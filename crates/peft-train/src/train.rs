@@ -233,8 +233,8 @@ pub fn train(
             &mut optimizer,
             &mut method,
             &batches,
-            learning_rate,
-            number,
+            settings.ctx(),
+            (number, learning_rate),
         )
         .map_err(|fault| fault.at(number, &train))?;
         now.count(&step, lap.elapsed());
@@ -346,14 +346,14 @@ fn take(
     optimizer: &mut Optimizer,
     method: &mut Option<Box<dyn peft_core::Schedule>>,
     batches: &[Batch],
-    learning_rate: f64,
-    number: usize,
+    ctx: Ctx,
+    (number, learning_rate): (usize, f64),
 ) -> Result<Step, Fault> {
     let labels: usize = batches.iter().map(Batch::labels).sum::<usize>().max(1);
     optimizer.zero_grad();
     let mut measured = Vec::with_capacity(batches.len() + 1);
     for batch in batches {
-        let (sum, _) = objective.loss(batch, Ctx::TRAIN)?;
+        let (sum, _) = objective.loss(batch, ctx)?;
         let share = Tensor::from(1.0 / labels as f64)
             .to_kind(sum.kind())
             .to_device(sum.device());

@@ -159,6 +159,16 @@ pub(crate) struct Setup {
     /// Batches that make one step [default: 1]
     #[arg(long, value_name = "N", help_heading = "Training")]
     gradient_accumulation_steps: Option<usize>,
+    /// Compute blocks again in the backward pass instead of keeping them: the same numbers in less memory and more time
+    #[arg(
+        long,
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Training"
+    )]
+    gradient_checkpointing: Option<bool>,
     /// λ of AdamW [default: 0]
     #[arg(long, value_name = "X", help_heading = "Training")]
     weight_decay: Option<f64>,
@@ -601,6 +611,10 @@ impl Setup {
         add(
             "gradient_accumulation_steps",
             self.gradient_accumulation_steps.map(Value::from),
+        );
+        add(
+            "gradient_checkpointing",
+            self.gradient_checkpointing.map(Value::from),
         );
         add("weight_decay", self.weight_decay.map(Value::from));
         add("eval_steps", self.eval_steps.map(Value::from));
@@ -1094,9 +1108,13 @@ fn overview(
     row(
         "steps",
         format!(
-            "{} of {size} rows · {epochs:.2} epochs · evaluated every {}",
+            "{} of {size} rows · {epochs:.2} epochs · evaluated every {}{}",
             grouped(total as i64),
-            settings.evaluate_every(total)
+            settings.evaluate_every(total),
+            match settings.gradient_checkpointing {
+                true => " · blocks computed twice, not kept",
+                false => "",
+            }
         ),
     );
     let schedule = serde_json::to_value(settings.lr_scheduler_type)?;
@@ -1229,12 +1247,14 @@ fn forecast(plan: &Plan, data: &Data<'_>, model: &dyn Network) -> Result<()> {
         let _ = f64::try_from(loss(model, &batch, Ctx::EVAL)?.0)?;
         time = begun.elapsed();
     }
-    // A backward pass through a frozen base costs about as much as the forward pass, and a little more.
+    // A backward pass through a frozen base costs about as much as the forward pass, and a little more; one that computes
+    // the blocks again, a forward pass besides.
     let total = settings.total_steps(order.batches_per_epoch());
     let held_out = data.held_out.as_ref().map_or(0, Rows::len) as f64 / rows.len().max(1) as f64;
     let evaluations =
         total.div_ceil(settings.evaluate_every(total)) + usize::from(settings.eval_on_start);
-    let trained = 2.5 * (total * settings.gradient_accumulation_steps) as f64;
+    let each = if settings.gradient_checkpointing { 3.5 } else { 2.5 };
+    let trained = each * (total * settings.gradient_accumulation_steps) as f64;
     let passes = trained + held_out * evaluations as f64;
     let guess = Duration::try_from_secs_f64(time.as_secs_f64() * passes).unwrap_or(Duration::MAX);
     let memory = memory::usage(model.device()).map(|it| format!(" · {} in use", bytes(it.now)));

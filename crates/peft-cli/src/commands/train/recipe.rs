@@ -211,6 +211,7 @@ impl Plan {
             })?;
         }
         self.recipe.method = method.name.to_owned();
+        self.settings.gradient_checkpointing = method.checkpoints();
         (self.recipe.options, self.settings.learning_rate) = match self.recipe.defaults {
             Defaults::Ours => (method.ours(), method.learning_rate),
             Defaults::Python => (Map::new(), PYTHONS_RATE),
