@@ -4,8 +4,12 @@ use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use peft_core::{Adapter, Ctx, ModelExt, Param, Rows, Schedule, Tuner};
-use peft_models::{Cache, Decoder, IGNORE, Input, OpenOptions, causal_loss, open, save};
+use peft::quant::{Block, Compat, Format, Four, QuantisedLinear, Scheme, Type};
+use peft::open_in;
+use peft_core::{
+    Adapter, Ctx, Dense, LinearOp, ModelExt, Param, Plain, Rows, Schedule, Tuner,
+};
+use peft_models::{Cache, Decoder, IGNORE, Input, OpenOptions, causal_loss, save};
 use peft_torch::{AdamW, Moments, drop_grad, linear, memory};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -39,6 +43,8 @@ enum Job {
         /// The share of positions without a label
         #[arg(long, default_value_t = 0.0)]
         masked: f64,
+        #[command(flatten)]
+        bits: Bits,
         /// Blocks are computed again in the backward pass
         #[arg(long)]
         gradient_checkpointing: bool,
@@ -53,6 +59,8 @@ enum Job {
         model: PathBuf,
         #[arg(long, default_value = "bf16")]
         dtype: Dtype,
+        #[command(flatten)]
+        bits: Bits,
         #[arg(long, default_value_t = 64)]
         new: usize,
         #[arg(long, default_value_t = 16)]
@@ -88,6 +96,31 @@ enum Job {
         #[arg(long, default_value_t = 100)]
         adapters: usize,
     },
+    /// Loads a model in 4 bits: one that is stored so, or with `--quantise` a dense one
+    Open4bit {
+        #[arg(long)]
+        model: PathBuf,
+        #[arg(long, default_value = "bf16")]
+        dtype: Dtype,
+        #[command(flatten)]
+        bits: Bits,
+    },
+    /// [rows, columns] to NF4
+    Quantise(Weight),
+    /// NF4 to [rows, columns], into memory that is used again
+    Dequantise(Weight),
+    /// x: [tokens, columns] through NF4 [rows, columns], one layer after the other
+    Linear4bit {
+        #[command(flatten)]
+        weight: Weight,
+        #[arg(long, default_value_t = 512)]
+        tokens: i64,
+        #[arg(long, default_value_t = 1)]
+        copies: usize,
+        /// Dense layers instead
+        #[arg(long)]
+        dense: bool,
+    },
     /// Tokenises a file of conversations into a cold cache
     Tokenise {
         #[arg(long)]
@@ -97,6 +130,70 @@ enum Job {
         #[arg(long)]
         cache: PathBuf,
     },
+}
+
+/// In which bits linear layers are kept.
+#[derive(Clone, Copy, Default, clap::Args)]
+struct Bits {
+    /// The linear layers of a dense model, as it is loaded
+    #[arg(long)]
+    quantise: Option<FourBits>,
+    /// The scales, too
+    #[arg(long)]
+    double_quant: bool,
+    /// What is not quantised is in fp32, as Python's `prepare_model_for_kbit_training` leaves it
+    #[arg(long)]
+    keep_in_fp32: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum FourBits {
+    Nf4,
+    Fp4,
+}
+
+impl Bits {
+    fn scheme(self) -> Scheme {
+        Scheme::Four(Four {
+            kind: match self.quantise {
+                Some(FourBits::Fp4) => Type::Fp4,
+                _ => Type::Nf4,
+            },
+            block: Block::USUAL,
+            double_quant: self.double_quant,
+            compat: Compat::Cuda,
+        })
+    }
+}
+
+/// A weight of the micro jobs.
+#[derive(Clone, Copy, clap::Args)]
+struct Weight {
+    #[arg(long, default_value_t = 4096)]
+    rows: i64,
+    #[arg(long, default_value_t = 4096)]
+    columns: i64,
+    #[arg(long, default_value = "bf16")]
+    dtype: Dtype,
+    #[command(flatten)]
+    bits: Bits,
+    #[arg(long, default_value_t = 20)]
+    repeats: usize,
+}
+
+impl Weight {
+    fn dense(self) -> Tensor {
+        Tensor::randn([self.rows, self.columns], (Kind::Float, Device::Cpu))
+            .to_kind(self.dtype.kind())
+    }
+
+    fn layer(self) -> Result<QuantisedLinear> {
+        let (weight, bias) = (self.dense(), None);
+        Ok(QuantisedLinear::new(
+            &self.bits.scheme(),
+            Plain { weight, bias },
+        )?)
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -129,6 +226,7 @@ fn main() -> Result<()> {
             batch,
             seq,
             masked,
+            bits,
             gradient_checkpointing,
             steps,
             warmup,
@@ -137,7 +235,7 @@ fn main() -> Result<()> {
                 checkpoint: gradient_checkpointing,
                 ..Ctx::TRAIN
             };
-            let mut model = load(&model, dtype)?;
+            let mut model = load(&model, dtype, bits)?;
             let total = warmup + steps;
             let mut trained = dress(&mut *model, adapter.as_deref(), total)?;
             let batch = random_batch(&*model, batch, seq, masked);
@@ -146,22 +244,47 @@ fn main() -> Result<()> {
         Job::Generate {
             model,
             dtype,
+            bits,
             new,
             prompt,
             repeats,
-        } => generate(&*load(&model, dtype)?, new, prompt, repeats),
+        } => generate(&*load(&model, dtype, bits)?, new, prompt, repeats),
+        Job::Open4bit { model, dtype, bits } => open4bit(&model, dtype, bits)?,
+        Job::Quantise(weight) => {
+            let dense = weight.dense();
+            let scheme = weight.bits.scheme();
+            let samples = timed(weight.repeats, || {
+                let (weight, bias) = (dense.shallow_clone(), None);
+                QuantisedLinear::new(&scheme, Plain { weight, bias }).map(drop)
+            })?;
+            json!({"samples": samples})
+        }
+        Job::Dequantise(weight) => {
+            let (layer, kind) = (weight.layer()?, weight.dtype.kind());
+            let samples = timed(weight.repeats, || {
+                layer.with_weight(kind, |_| ());
+                Ok(())
+            })?;
+            json!({"samples": samples})
+        }
+        Job::Linear4bit {
+            weight,
+            tokens,
+            copies,
+            dense,
+        } => linear4bit(weight, tokens, copies, dense)?,
         Job::Merge { model, out } => merge(&model, &out)?,
         Job::Mixed {
             model,
             adapters,
             seq,
             repeats,
-        } => mixed(&mut *load(&model, Dtype::Fp32)?, adapters, seq, repeats)?,
+        } => mixed(&mut *load(&model, Dtype::Fp32, Bits::default())?, adapters, seq, repeats)?,
         Job::Load {
             model,
             file,
             adapters,
-        } => load_many(&mut *load(&model, Dtype::Fp32)?, &file, adapters)?,
+        } => load_many(&mut *load(&model, Dtype::Fp32, Bits::default())?, &file, adapters)?,
         Job::Tokenise {
             tokenizer,
             data,
@@ -176,12 +299,62 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-fn load(dir: &std::path::Path, dtype: Dtype) -> Result<Box<dyn Decoder>> {
+fn load(dir: &std::path::Path, dtype: Dtype, bits: Bits) -> Result<Box<dyn Decoder>> {
+    let mut format = match bits.quantise {
+        Some(_) => Format::of(bits.scheme()),
+        None => Format::as_stored(),
+    };
+    let mut kind = dtype.kind();
+    if bits.keep_in_fp32 {
+        format.compute = Some(kind);
+        kind = Kind::Float;
+    }
     let options = OpenOptions {
-        kind: Some(dtype.kind()),
+        kind: Some(kind),
         ..OpenOptions::default()
     };
-    Ok(open(&dir.to_string_lossy(), options)?)
+    Ok(open_in(&dir.to_string_lossy(), options, &format)?)
+}
+
+/// Seconds of each call after two that are not counted.
+fn timed(repeats: usize, mut body: impl FnMut() -> peft_core::Result<()>) -> Result<Vec<f64>> {
+    let mut samples = Vec::new();
+    for _ in 0..repeats + 2 {
+        let begun = Instant::now();
+        body()?;
+        samples.push(begun.elapsed().as_secs_f64());
+    }
+    Ok(samples.split_off(2))
+}
+
+fn open4bit(dir: &std::path::Path, dtype: Dtype, bits: Bits) -> Result<Value> {
+    let now = || memory::usage(Device::Cpu).map_or(0, |it| it.now);
+    let (before, begun) = (now(), Instant::now());
+    let mut model = load(dir, dtype, bits)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    let bytes = now().saturating_sub(before);
+    let mut layers = 0;
+    model.slots(&mut |_, _| layers += 1);
+    Ok(json!({"samples": [seconds], "bytes": bytes, "layers": layers}))
+}
+
+fn linear4bit(weight: Weight, tokens: i64, copies: usize, dense: bool) -> Result<Value> {
+    let layers = (0..copies)
+        .map(|_| -> Result<Box<dyn LinearOp>> {
+            Ok(match dense {
+                true => Box::new(Dense::new(weight.dense(), None)),
+                false => Box::new(weight.layer()?),
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let x = Tensor::randn([tokens, weight.columns], (Kind::Float, Device::Cpu))
+        .to_kind(weight.dtype.kind());
+    let samples = timed(weight.repeats, || {
+        tch::no_grad(|| layers.iter().for_each(|it| drop(it.forward(&x))));
+        Ok(())
+    })?;
+    let samples: Vec<f64> = samples.iter().map(|it| it / copies as f64).collect();
+    Ok(json!({"samples": samples}))
 }
 
 /// What is trained, and what the method does besides being stepped.
@@ -286,7 +459,7 @@ fn generate(model: &dyn Decoder, new: usize, prompt: i64, repeats: usize) -> Val
 
 fn merge(dir: &std::path::Path, out: &std::path::Path) -> Result<Value> {
     let begin = Instant::now();
-    let mut model = load(dir, Dtype::Fp32)?;
+    let mut model = load(dir, Dtype::Fp32, Bits::default())?;
     model.inject("default", &*method(LORA)?)?;
     let loaded = begin.elapsed().as_secs_f64();
     model.merge_and_unload()?;

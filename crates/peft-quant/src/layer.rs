@@ -120,6 +120,11 @@ impl QuantisedLinear {
         Ok(QuantisedLinear::of(code, plain.bias, kind, None, false))
     }
 
+    /// Lends the weight `[out, in]`, decoded into memory that the next layer uses again.
+    pub fn with_weight<R>(&self, kind: Kind, body: impl FnOnce(&Tensor) -> R) -> R {
+        tch::no_grad(|| self.code.with_dense(kind, body))
+    }
+
     pub(crate) fn of(
         code: Code,
         bias: Option<Tensor>,
