@@ -20,6 +20,16 @@ pub enum Error {
         /// How many there are.
         got: usize,
     },
+    /// A piece of a tensor that begins inside a byte or ends beyond it.
+    #[error("numbers {from}.. ({count}) of {len}: begins at an odd one, or ends beyond the last")]
+    Piece {
+        /// Its first number.
+        from: usize,
+        /// How many it has.
+        count: usize,
+        /// How many the tensor has.
+        len: usize,
+    },
     /// A `quant_state` that cannot be.
     #[error("quant_state: {0}")]
     State(String),

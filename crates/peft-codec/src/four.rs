@@ -1,4 +1,4 @@
-//! To 4 bits and back.
+//! To 4 bits.
 //!
 //! Two numbers make a byte, the first in the high half. Blocks are cut out of the flat tensor; only the last may be short.
 
@@ -10,17 +10,20 @@ use crate::{
     element::Element,
     error::{Result, length},
     table::{Block, Compat, Decision, Type},
+    view::{Scales, View},
 };
 
-/// Which instructions compute. All levels give the same bits.
+/// Which instructions compute. All levels give the same bits, but for [`View::multiply`], whose sums have another order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Level {
     /// One number at a time: what the others are compared with.
     Scalar,
-    /// AVX2 and F16C.
+    /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// And AVX-512 BF16.
+    Avx512Bf16,
 }
 
 impl Level {
@@ -35,10 +38,13 @@ impl Level {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
-            if has!("avx2") && has!("f16c") {
+            if has!("avx2") && has!("f16c") && has!("fma") {
                 all.push(Level::Avx2);
                 if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
                     all.push(Level::Avx512);
+                    if has!("avx512bf16") {
+                        all.push(Level::Avx512Bf16);
+                    }
                 }
             }
         }
@@ -56,7 +62,7 @@ pub struct Packed {
 }
 
 /// Numbers in a piece of work of one core.
-const PIECE: usize = 1 << 16;
+pub(crate) const PIECE: usize = 1 << 16;
 
 /// Quantises a flat tensor.
 pub fn quantise<T: Element>(values: &[T], kind: Type, block: Block, compat: Compat) -> Packed {
@@ -80,13 +86,40 @@ pub fn quantise_at<T: Element>(
         .zip(bytes.par_chunks_mut(PIECE / 2));
     let pieces = pieces.zip(absmax.par_chunks_mut(PIECE / block.size()));
     pieces.for_each(|((values, bytes), absmax)| {
-        let blocks = values.chunks(block.size());
-        let blocks = blocks.zip(bytes.chunks_mut(block.size() / 2)).zip(absmax);
-        for ((values, bytes), absmax) in blocks {
-            *absmax = encode(level, &decision, values, bytes, block.size());
-        }
+        encode_blocks(level, &decision, values, block, bytes, absmax);
     });
     Packed { bytes, absmax }
+}
+
+/// Quantises whole blocks of a tensor, or its end, on the caller's core.
+pub fn quantise_piece<T: Element>(
+    values: &[T],
+    kind: Type,
+    block: Block,
+    compat: Compat,
+    bytes: &mut [u8],
+    absmax: &mut [f32],
+) -> Result<()> {
+    length("packed bytes", values.len().div_ceil(2), bytes.len())?;
+    length("scales", block.count(values.len()), absmax.len())?;
+    let decision = Decision::of(kind, compat);
+    encode_blocks(Level::best(), &decision, values, block, bytes, absmax);
+    Ok(())
+}
+
+fn encode_blocks<T: Element>(
+    level: Level,
+    decision: &Decision,
+    values: &[T],
+    block: Block,
+    bytes: &mut [u8],
+    absmax: &mut [f32],
+) {
+    let blocks = values.chunks(block.size());
+    let blocks = blocks.zip(bytes.chunks_mut(block.size() / 2)).zip(absmax);
+    for ((values, bytes), absmax) in blocks {
+        *absmax = encode(level, decision, values, bytes, block.size());
+    }
 }
 
 /// Quantises one block and gives its scale.
@@ -175,46 +208,7 @@ pub fn dequantise_at<T: Element>(
     block: Block,
     out: &mut [T],
 ) -> Result<()> {
-    length("packed bytes", out.len().div_ceil(2), bytes.len())?;
-    length("scales", block.count(out.len()), absmax.len())?;
-    let level = level.min(Level::best());
-    let table = kind.table();
-    let pieces = out.par_chunks_mut(PIECE).zip(bytes.par_chunks(PIECE / 2));
-    let pieces = pieces.zip(absmax.par_chunks(PIECE / block.size()));
-    pieces.for_each(|((out, bytes), absmax)| {
-        let mut done = 0; // blocks
-        #[cfg(target_arch = "x86_64")]
-        if level == Level::Avx512 {
-            done = simd::decode_blocks(table, absmax, bytes, out, block.size());
-        }
-        let (out, bytes) = (
-            &mut out[done * block.size()..],
-            &bytes[done * block.size() / 2..],
-        );
-        let blocks = out
-            .chunks_mut(block.size())
-            .zip(bytes.chunks(block.size() / 2));
-        for ((out, bytes), absmax) in blocks.zip(&absmax[done..]) {
-            decode(level, table, *absmax, bytes, out);
-        }
-    });
-    Ok(())
-}
-
-/// Decodes one block: its 16 products are computed and rounded once.
-fn decode<T: Element>(level: Level, table: &[f32; 16], absmax: f32, bytes: &[u8], out: &mut [T]) {
-    let products = table.map(|value| T::round(value * absmax));
-    let mut done = 0;
-    #[cfg(target_arch = "x86_64")]
-    if level > Level::Scalar {
-        done = simd::decode(&products, bytes, out);
-    }
-    let _ = level;
-    let rest = out[done..].chunks_mut(2).zip(&bytes[done / 2..]);
-    for (pair, byte) in rest {
-        pair[0] = products[usize::from(byte >> 4)];
-        if let Some(second) = pair.get_mut(1) {
-            *second = products[usize::from(byte & 15)];
-        }
-    }
+    let scales = Scales::Plain(absmax);
+    let view = View::new(bytes, scales, kind.table(), block, out.len())?;
+    view.at(level).dequantise(out)
 }

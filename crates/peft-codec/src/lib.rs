@@ -37,11 +37,13 @@ mod nested;
 mod simd;
 mod state;
 mod table;
+mod view;
 
 pub use element::Element;
 pub use error::{Error, Result};
-pub use four::{Level, Packed, dequantise, dequantise_at, quantise, quantise_at};
+pub use four::{Level, Packed, dequantise, dequantise_at, quantise, quantise_at, quantise_piece};
 pub use map::{Map, Quantised, dequantise_blockwise, quantise_blockwise};
 pub use nested::{NESTED_BLOCK, Nested};
 pub use state::{NestedState, State};
 pub use table::{Block, Compat, Type};
+pub use view::{Scales, View};

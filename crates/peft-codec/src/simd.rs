@@ -41,18 +41,18 @@ pub(crate) fn encode<T: Element>(
     // SAFETY: `Level` says that the processor has the instructions.
     unsafe {
         match (level, T::FORMAT) {
-            (Level::Avx512, Format::Single) => {
+            (Level::Avx512 | Level::Avx512Bf16, Format::Single) => {
                 encode_512(decision, same(values), bytes, |p: *const f32| {
                     _mm512_loadu_ps(p)
                 })
             }
-            (Level::Avx512, Format::Brain) => {
+            (Level::Avx512 | Level::Avx512Bf16, Format::Brain) => {
                 encode_512(decision, same(values), bytes, |p: *const bf16| {
                     let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
                     _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))
                 })
             }
-            (Level::Avx512, Format::Half) => {
+            (Level::Avx512 | Level::Avx512Bf16, Format::Half) => {
                 encode_512(decision, same(values), bytes, |p: *const f16| {
                     _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))
                 })
@@ -281,55 +281,164 @@ unsafe fn singles_256(products: &[f32; 16], bytes: &[u8], out: &mut [f32]) -> us
 }
 
 /// Decodes the whole blocks of a run with AVX-512, the 16 results of each block being computed together; says how many blocks.
+///
+/// With `past`, the numbers go to memory past the caches, if `out` begins at a multiple of 64 bytes; [`fence`] ends that.
 pub(crate) fn decode_blocks<T: Element>(
+    level: Level,
     table: &[f32; 16],
     absmax: &[f32],
     bytes: &[u8],
     out: &mut [T],
     size: usize,
+    past: bool,
 ) -> usize {
     let whole = out.len() / size;
     assert!(absmax.len() >= whole && bytes.len() >= whole * size / 2 && size.is_multiple_of(32));
+    assert!(level >= Level::Avx512);
     let absmax = &absmax[..whole];
-    // SAFETY: called for `Level::Avx512` alone; the lengths are checked.
+    let past = past && out.as_ptr().addr().is_multiple_of(64);
+    let words = out.as_mut_ptr().cast();
+    // SAFETY: `Level` says that the processor has the instructions; the lengths and the alignment are checked.
     unsafe {
-        match T::FORMAT {
-            Format::Single => blocks_single(table, absmax, bytes, same_mut(out), size),
-            Format::Brain => {
-                blocks_words(table, absmax, bytes, out.as_mut_ptr().cast(), size, |x| {
-                    brain(x)
-                })
+        match (T::FORMAT, past) {
+            (Format::Single, false) => {
+                singles_512::<false>(table, absmax, bytes, same_mut(out), size)
             }
-            Format::Half => {
-                blocks_words(table, absmax, bytes, out.as_mut_ptr().cast(), size, |x| {
-                    _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x)
-                })
+            (Format::Single, true) => {
+                singles_512::<true>(table, absmax, bytes, same_mut(out), size)
+            }
+            (Format::Half, false) => halves_512::<false>(table, absmax, bytes, words, size),
+            (Format::Half, true) => halves_512::<true>(table, absmax, bytes, words, size),
+            (Format::Brain, past) => {
+                let instruction = level >= Level::Avx512Bf16 && ordinary(table, absmax);
+                match (instruction, past) {
+                    (false, false) => brains_512::<false>(table, absmax, bytes, words, size),
+                    (false, true) => brains_512::<true>(table, absmax, bytes, words, size),
+                    (true, false) => brains_bf16::<false>(table, absmax, bytes, words, size),
+                    (true, true) => brains_bf16::<true>(table, absmax, bytes, words, size),
+                }
             }
         }
     }
     whole
 }
 
-/// To bf16: to the nearest, ties to even, what is no number stays none. The instruction for it would flush the smallest numbers.
+/// Whether no product of the two is a number that `vcvtneps2bf16` would flush to zero, or none at all.
+fn ordinary(table: &[f32; 16], absmax: &[f32]) -> bool {
+    let magnitudes = table.iter().map(|it| it.abs()).filter(|it| *it != 0.0);
+    let (least, most) = magnitudes.fold((f32::MAX, 0f32), |(a, b), it| (a.min(it), b.max(it)));
+    // Scales of zero and of one sign only are the rule; with the bits as integers, a comparison does it all.
+    let bits = |x: f32| x.to_bits();
+    let (from, to) = (
+        bits(f32::MIN_POSITIVE / least),
+        bits(f32::MAX / most.max(1.0)),
+    );
+    most < f32::INFINITY
+        && least >= f32::MIN_POSITIVE
+        && absmax
+            .iter()
+            .all(|it| bits(*it) == 0 || (from + 1..to).contains(&bits(*it)))
+}
+
+/// What went past the caches is there for other cores.
+pub(crate) fn fence() {
+    // SAFETY: every processor of this architecture has it.
+    unsafe { _mm_sfence() };
+}
+
+/// Stores 64 bytes.
 ///
 /// # Safety
-/// AVX-512 F.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn brain(x: __m512) -> __m256i {
-    let bits = _mm512_castps_si512(x);
-    let upper = _mm512_srli_epi32::<16>(bits);
-    let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-    let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-    let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
-    let none = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
-    let quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
-    _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, none, quiet))
+/// AVX-512 F; there is room for them, at a multiple of 64 if they go past the caches.
+#[inline(always)]
+unsafe fn store<const PAST: bool>(to: *mut __m512i, value: __m512i) {
+    // SAFETY: the caller's.
+    unsafe {
+        match PAST {
+            true => _mm512_stream_si512(to, value),
+            false => _mm512_storeu_si512(to, value),
+        }
+    }
 }
 
 /// # Safety
-/// AVX-512 F, BW, DQ, VL; `bytes` and `out` hold `absmax.len()` blocks of `size`.
+/// AVX-512 F, BW, DQ, VL; `bytes` and `out` hold `absmax.len()` blocks of `size`; see [`store`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn blocks_words(
+unsafe fn halves_512<const PAST: bool>(
+    table: &[f32; 16],
+    absmax: &[f32],
+    bytes: &[u8],
+    out: *mut u16,
+    size: usize,
+) {
+    let round = |x| _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+    // SAFETY: the caller's.
+    unsafe { words_512::<PAST>(table, absmax, bytes, out, size, round) }
+}
+
+/// # Safety
+/// As [`halves_512`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn brains_512<const PAST: bool>(
+    table: &[f32; 16],
+    absmax: &[f32],
+    bytes: &[u8],
+    out: *mut u16,
+    size: usize,
+) {
+    // To the nearest, ties to even, what is no number stays none.
+    let round = |x| {
+        let bits = _mm512_castps_si512(x);
+        let upper = _mm512_srli_epi32::<16>(bits);
+        let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+        let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
+        let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+        let none = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+        let quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+        _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, none, quiet))
+    };
+    // SAFETY: the caller's.
+    unsafe { words_512::<PAST>(table, absmax, bytes, out, size, round) }
+}
+
+/// For products that are [`ordinary`].
+///
+/// # Safety
+/// As [`halves_512`], and AVX-512 BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn brains_bf16<const PAST: bool>(
+    table: &[f32; 16],
+    absmax: &[f32],
+    bytes: &[u8],
+    out: *mut u16,
+    size: usize,
+) {
+    let round = |x| {
+        // SAFETY: both are 256 bits.
+        unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)) }
+    };
+    // SAFETY: the caller's.
+    unsafe { words_512::<PAST>(table, absmax, bytes, out, size, round) }
+}
+
+/// Each of 16 bytes as two words, within lanes of 128 bits.
+const SPREAD: [u8; 64] = {
+    let mut bytes = [0x80; 64]; // gives zero
+    let mut word = 0;
+    while word < 32 {
+        bytes[2 * word] = (word / 2) as u8;
+        word += 1;
+    }
+    bytes
+};
+
+/// 16-bit numbers, 32 at a time: each byte is spread over two words, one of them is shifted, and what is above the low
+/// four bits of an index does not matter, as the products are there twice.
+///
+/// # Safety
+/// As [`halves_512`].
+#[inline(always)]
+unsafe fn words_512<const PAST: bool>(
     table: &[f32; 16],
     absmax: &[f32],
     bytes: &[u8],
@@ -337,53 +446,121 @@ unsafe fn blocks_words(
     size: usize,
     round: impl Fn(__m512) -> __m256i,
 ) {
-    // SAFETY: 16 numbers.
-    let table = unsafe { _mm512_loadu_ps(table.as_ptr()) };
-    let low = _mm512_set1_epi32(15);
-    for (block, absmax) in absmax.iter().enumerate() {
-        let products = round(_mm512_mul_ps(table, _mm512_set1_ps(*absmax)));
-        let products = _mm512_broadcast_i64x4(products);
-        for i in 0..size / 32 {
-            let at = block * size + 32 * i;
-            // SAFETY: 16 bytes are 32 codes, of which there are so many.
-            unsafe {
+    // SAFETY: the instructions are the caller's; 16 bytes are 32 codes, of which there are so many.
+    unsafe {
+        let table = _mm512_loadu_ps(table.as_ptr());
+        let spread = _mm512_loadu_si512(SPREAD.as_ptr().cast());
+        let shift = _mm512_set1_epi32(4); // of the first word of two
+        for (block, absmax) in absmax.iter().enumerate() {
+            let products = round(_mm512_mul_ps(table, _mm512_set1_ps(*absmax)));
+            let products = _mm512_broadcast_i64x4(products);
+            for i in 0..size / 32 {
+                let at = block * size + 32 * i;
                 let codes = _mm_loadu_si128(bytes.as_ptr().add(at / 2).cast());
-                let codes = _mm512_cvtepu8_epi32(codes);
-                let first = _mm512_srli_epi32::<4>(codes);
-                let second = _mm512_slli_epi32::<16>(_mm512_and_si512(codes, low));
-                let chosen = _mm512_permutexvar_epi16(_mm512_or_si512(first, second), products);
-                _mm512_storeu_si512(out.add(at).cast(), chosen);
+                let codes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), spread);
+                let codes = _mm512_srlv_epi16(codes, shift);
+                let chosen = _mm512_permutexvar_epi16(codes, products);
+                store::<PAST>(out.add(at).cast(), chosen);
             }
         }
     }
 }
 
+/// Numbers in fp32, 16 at a time: each half of eight bytes is spread over eight lanes and shifted; a lookup takes four bits.
+///
 /// # Safety
-/// AVX-512 F, BW, DQ, VL; `bytes` and `out` hold `absmax.len()` blocks of `size`.
+/// As [`halves_512`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn blocks_single(
+unsafe fn singles_512<const PAST: bool>(
     table: &[f32; 16],
     absmax: &[f32],
     bytes: &[u8],
     out: &mut [f32],
     size: usize,
 ) {
-    // SAFETY: 16 numbers.
-    let table = unsafe { _mm512_loadu_ps(table.as_ptr()) };
-    let low = _mm512_set1_epi64(15);
-    for (block, absmax) in absmax.iter().enumerate() {
-        let products = _mm512_mul_ps(table, _mm512_set1_ps(*absmax));
-        for i in 0..size / 16 {
-            let at = block * size + 16 * i;
-            // SAFETY: 8 bytes are 16 codes, of which there are so many.
-            unsafe {
-                let codes = _mm_loadl_epi64(bytes.as_ptr().add(at / 2).cast());
-                let codes = _mm512_cvtepu8_epi64(codes);
-                let first = _mm512_srli_epi64::<4>(codes);
-                let second = _mm512_slli_epi64::<32>(_mm512_and_si512(codes, low));
-                let chosen = _mm512_permutexvar_ps(_mm512_or_si512(first, second), products);
-                _mm512_storeu_ps(out.as_mut_ptr().add(at), chosen);
+    let shifts = _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
+    // SAFETY: 16 numbers; then 8 bytes are 16 codes, of which there are so many.
+    unsafe {
+        let table = _mm512_loadu_ps(table.as_ptr());
+        for (block, absmax) in absmax.iter().enumerate() {
+            let products = _mm512_mul_ps(table, _mm512_set1_ps(*absmax));
+            for i in 0..size / 16 {
+                let at = block * size + 16 * i;
+                let from = bytes.as_ptr().add(at / 2).cast::<i32>();
+                let codes = _mm512_set1_epi32(from.read_unaligned());
+                let second = from.add(1).read_unaligned();
+                let codes = _mm512_mask_set1_epi32(codes, 0xff00, second);
+                let chosen = _mm512_permutexvar_ps(_mm512_srlv_epi32(codes, shifts), products);
+                store::<PAST>(out.as_mut_ptr().add(at).cast(), _mm512_castps_si512(chosen));
             }
         }
     }
+}
+
+/// `map[code] · absmax + offset`, each rounded, for codes that share `absmax`.
+pub(crate) fn scales(
+    level: Level,
+    codes: &[u8],
+    absmax: f32,
+    map: &[f32; 256],
+    offset: f32,
+    out: &mut [f32],
+) -> usize {
+    assert!(codes.len() == out.len());
+    // SAFETY: `Level` says that the processor has the instructions.
+    unsafe {
+        match level {
+            Level::Scalar => 0,
+            Level::Avx2 => scales_256(codes, absmax, map, offset, out),
+            _ => scales_512(codes, absmax, map, offset, out),
+        }
+    }
+}
+
+/// # Safety
+/// AVX2; `codes` and `out` are as long.
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn scales_256(
+    codes: &[u8],
+    absmax: f32,
+    map: &[f32; 256],
+    offset: f32,
+    out: &mut [f32],
+) -> usize {
+    let whole = codes.len() / 8;
+    for i in 0..whole {
+        // SAFETY: there are eight more; a byte is an index into 256 numbers.
+        unsafe {
+            let at = _mm256_cvtepu8_epi32(_mm_loadl_epi64(codes.as_ptr().add(8 * i).cast()));
+            let value = _mm256_i32gather_ps::<4>(map.as_ptr(), at);
+            let product = _mm256_mul_ps(value, _mm256_set1_ps(absmax));
+            let sum = _mm256_add_ps(product, _mm256_set1_ps(offset));
+            _mm256_storeu_ps(out.as_mut_ptr().add(8 * i), sum);
+        }
+    }
+    8 * whole
+}
+
+/// # Safety
+/// AVX-512 F, BW, DQ, VL; `codes` and `out` are as long.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn scales_512(
+    codes: &[u8],
+    absmax: f32,
+    map: &[f32; 256],
+    offset: f32,
+    out: &mut [f32],
+) -> usize {
+    let whole = codes.len() / 16;
+    for i in 0..whole {
+        // SAFETY: there are 16 more; a byte is an index into 256 numbers.
+        unsafe {
+            let at = _mm512_cvtepu8_epi32(_mm_loadu_si128(codes.as_ptr().add(16 * i).cast()));
+            let value = _mm512_i32gather_ps::<4>(at, map.as_ptr());
+            let product = _mm512_mul_ps(value, _mm512_set1_ps(absmax));
+            let sum = _mm512_add_ps(product, _mm512_set1_ps(offset));
+            _mm512_storeu_ps(out.as_mut_ptr().add(16 * i), sum);
+        }
+    }
+    16 * whole
 }

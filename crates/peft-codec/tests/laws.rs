@@ -77,6 +77,150 @@ proptest! {
     }
 }
 
+/// Decodes pieces of a view at every level; all must be the same pieces of what is decoded of plain scales as a whole.
+fn pieces<T: Element>(values: &[T], block: Block, kind: Type, cuts: &[(usize, usize)]) {
+    let packed = quantise(values, kind, block, Compat::Cuda);
+    let nested = Nested::of(&packed.absmax, Compat::Cuda);
+    let computed = nested.absmax().unwrap();
+    let plain = [&packed.absmax, &computed];
+    let views = [Scales::Plain(&packed.absmax), Scales::from(&nested)];
+    for (absmax, scales) in plain.into_iter().zip(views) {
+        let mut whole = vec![T::default(); values.len()];
+        let (bytes, scalar) = (&packed.bytes, Level::Scalar);
+        dequantise_at(scalar, bytes, absmax, kind, block, &mut whole).unwrap();
+        for level in Level::all() {
+            let view = View::new(bytes, scales, kind.table(), block, values.len()).unwrap();
+            let view = view.at(level);
+            let mut out = vec![T::default(); values.len()];
+            view.dequantise(&mut out).unwrap();
+            assert_eq!(bits(&out), bits(&whole), "{level:?}");
+            for (from, to) in cuts {
+                let mut out = vec![T::default(); to - from];
+                view.decode(*from, &mut out).unwrap();
+                assert_eq!(
+                    bits(&out),
+                    bits(&whole[*from..*to]),
+                    "{level:?} {from}..{to}"
+                );
+            }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_piece_is_what_it_is_in_the_whole(
+        values in prop::collection::vec(number(), 1..900),
+        block in prop::sample::select(vec![32usize, 64, 256]),
+        kind in prop::sample::select(KINDS.to_vec()),
+        cuts in prop::collection::vec((0usize..900, 0usize..900), 1..6),
+    ) {
+        let n = values.len();
+        let cut = |(a, b): &(usize, usize)| {
+            let (a, b) = (a % (n + 1), b % (n + 1));
+            (a.min(b) / 2 * 2, a.max(b))
+        };
+        let cuts: Vec<_> = cuts.iter().map(cut).collect();
+        let block = Block::of(block).unwrap();
+        pieces(&values, block, kind, &cuts);
+        pieces(&values.iter().map(|it| bf16::from_f32(*it)).collect::<Vec<_>>(), block, kind, &cuts);
+        pieces(&values.iter().map(|it| f16::from_f32(*it)).collect::<Vec<_>>(), block, kind, &cuts);
+    }
+}
+
+#[test]
+fn pieces_of_many_scales_of_scales_and_past_the_caches() {
+    let values: Vec<f32> = (0..1_200_000u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / 1e7 - 0.8)
+        .collect();
+    let cuts = [
+        (0, 1_200_000),
+        (2, 1_199_999),
+        (63 * 64, 900_000),
+        (16_384, 32_768),
+    ];
+    for block in [32, 64] {
+        let block = Block::of(block).unwrap();
+        pieces(&values, block, Type::Nf4, &cuts);
+        let brain: Vec<_> = values.iter().map(|it| bf16::from_f32(*it)).collect();
+        pieces(&brain, block, Type::Nf4, &cuts);
+    }
+    // What begins at a multiple of 64 bytes, and what does not.
+    let packed = quantise(&values, Type::Nf4, Block::of(64).unwrap(), Compat::Cuda);
+    let scales = Scales::Plain(&packed.absmax);
+    let table = Type::Nf4.table();
+    let view = View::new(
+        &packed.bytes,
+        scales,
+        table,
+        Block::of(64).unwrap(),
+        1_200_000,
+    )
+    .unwrap();
+    let mut wanted = vec![0f32; 1_200_000];
+    view.at(Level::Scalar).dequantise(&mut wanted).unwrap();
+    let mut room = vec![0f32; 1_200_000 + 32];
+    let aligned = (0..16).find(|i| room[*i..].as_ptr().addr().is_multiple_of(64));
+    for begin in [aligned.unwrap(), aligned.unwrap() + 1] {
+        let out = &mut room[begin..][..1_200_000];
+        out.fill(9.0);
+        view.decode(0, out).unwrap();
+        assert_eq!(bits(out), bits(&wanted));
+        out.fill(9.0);
+        view.dequantise(out).unwrap();
+        assert_eq!(bits(out), bits(&wanted));
+    }
+}
+
+#[test]
+fn pieces_that_are_not_there_are_refused() {
+    let (bytes, absmax) = ([0x12; 50], [1.0; 2]);
+    let block = Block::of(64).unwrap();
+    let (scales, table) = (Scales::Plain(&absmax), Type::Nf4.table());
+    let view = View::new(&bytes, scales, table, block, 99).unwrap();
+    for (from, count) in [(1, 4), (0, 100), (98, 2), (100, 0), (usize::MAX - 1, 4)] {
+        let error = view.decode(from, &mut vec![0f32; count]).unwrap_err();
+        assert!(matches!(error, Error::Piece { .. }), "{error}");
+    }
+    assert!(view.decode::<f32>(98, &mut []).is_ok());
+    assert!(view.dequantise(&mut [0f32; 98]).is_err());
+    assert!(View::new(&bytes, scales, table, block, 101).is_err());
+    assert!(View::new(&bytes, scales, table, Block::of(32).unwrap(), 99).is_err());
+    let map = Map::signed().values();
+    for (codes, absmax) in [(3, 1), (2, 0), (2, 2)] {
+        let (codes, absmax) = (vec![0; codes], vec![0.0; absmax]);
+        let scales = Scales::Nested {
+            codes: &codes,
+            absmax: &absmax,
+            map,
+            offset: 0.0,
+        };
+        assert!(View::new(&bytes, scales, table, block, 99).is_err());
+    }
+}
+
+#[test]
+fn quantised_by_pieces() {
+    let values: Vec<f32> = (0..1003).map(|i| (i as f32 * 0.61).sin()).collect();
+    for kind in KINDS {
+        for compat in COMPATS {
+            let block = Block::of(64).unwrap();
+            let whole = quantise(&values, kind, block, compat);
+            let (mut bytes, mut absmax) = (vec![0; 502], vec![0.0; 16]);
+            for (from, to) in [(0usize, 64usize), (64, 640), (640, 1003)] {
+                let bytes = &mut bytes[from / 2..to.div_ceil(2)];
+                let absmax = &mut absmax[from / 64..block.count(to)];
+                quantise_piece(&values[from..to], kind, block, compat, bytes, absmax).unwrap();
+            }
+            assert_eq!((bytes, absmax), (whole.bytes, whole.absmax));
+            let mut bytes = [0; 32];
+            assert!(
+                quantise_piece(&values[..64], kind, block, compat, &mut bytes, &mut []).is_err()
+            );
+        }
+    }
+}
+
 #[test]
 fn every_pattern_of_16_bits_alone() {
     for pattern in 0..=u16::MAX {
