@@ -21,7 +21,7 @@ pub enum Error {
         got: usize,
     },
     /// A piece of a tensor that begins inside a byte or ends beyond it.
-    #[error("numbers {from}.. ({count}) of {len}: begins at an odd one, or ends beyond the last")]
+    #[error("numbers from {from} on, {count} of them, are no piece of {len}")]
     Piece {
         /// Its first number.
         from: usize,

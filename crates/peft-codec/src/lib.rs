@@ -32,6 +32,7 @@ mod element;
 mod error;
 mod four;
 mod map;
+mod multiply;
 mod nested;
 #[cfg(target_arch = "x86_64")]
 mod simd;
@@ -43,6 +44,7 @@ pub use element::Element;
 pub use error::{Error, Result};
 pub use four::{Level, Packed, dequantise, dequantise_at, quantise, quantise_at, quantise_piece};
 pub use map::{Map, Quantised, dequantise_blockwise, quantise_blockwise};
+pub use multiply::Activations;
 pub use nested::{NESTED_BLOCK, Nested};
 pub use state::{NestedState, State};
 pub use table::{Block, Compat, Type};

@@ -1,0 +1,379 @@
+//! Products of a tile: few rows of the matrix with few rows of `x`.
+
+#![expect(
+    clippy::needless_range_loop,
+    reason = "rows and lookups are indices into several arrays of registers"
+)]
+
+use std::arch::x86_64::*;
+
+use super::{BEYOND, CHUNK, Floats, Words};
+use crate::four::Level;
+
+/// Most rows of the matrix.
+pub(super) const W: usize = 2;
+/// Most rows of `x`: 1, 2, 4 or 8 of them.
+pub(super) const X: usize = 8;
+
+/// What is multiplied.
+pub(super) struct Tile<'a, L> {
+    /// Codes of one or two rows of `inp`, whole blocks.
+    pub(super) bytes: &'a [u8],
+    /// Of each block, and [`BEYOND`] more.
+    pub(super) scales: &'a [f32],
+    pub(super) table: &'a [f32; 16],
+    pub(super) block: usize,
+    pub(super) inp: usize,
+    /// Rows of as many chunks as `inp` begins.
+    pub(super) x: &'a [L],
+    pub(super) level: Level,
+}
+
+impl<L> Tile<'_, L> {
+    /// How many rows there are of both, all lengths being as they should.
+    fn rows(&self, lines_a_chunk: usize) -> (usize, usize) {
+        let (inp, block) = (self.inp, self.block);
+        assert!(block.is_power_of_two() && block >= 32 && inp > 0 && inp.is_multiple_of(block));
+        let (w, x) = (
+            self.bytes.len() / (inp / 2),
+            self.x.len() / (inp.div_ceil(CHUNK) * lines_a_chunk),
+        );
+        assert!(
+            self.bytes.len() == w * (inp / 2) && self.scales.len() >= w * (inp / block) + BEYOND
+        );
+        assert!(self.x.len() == x * inp.div_ceil(CHUNK) * lines_a_chunk);
+        (w, x)
+    }
+}
+
+/// Calls a kernel for as many rows as there are.
+macro_rules! by_rows {
+    ($rows:expr, $kernel:ident, $tile:expr, $sums:expr) => {
+        match $rows {
+            (1, 1) => $kernel::<1, 1>($tile, $sums),
+            (1, 2) => $kernel::<1, 2>($tile, $sums),
+            (1, 4) => $kernel::<1, 4>($tile, $sums),
+            (1, 8) => $kernel::<1, 8>($tile, $sums),
+            (2, 1) => $kernel::<2, 1>($tile, $sums),
+            (2, 2) => $kernel::<2, 2>($tile, $sums),
+            (2, 4) => $kernel::<2, 4>($tile, $sums),
+            (2, 8) => $kernel::<2, 8>($tile, $sums),
+            other => unreachable!("a tile of {other:?} rows"),
+        }
+    };
+}
+
+/// In bf16.
+pub(super) fn words(tile: &Tile<'_, Words>, sums: &mut [[f32; X]; W]) {
+    let rows = tile.rows(4);
+    assert!(tile.level >= Level::Avx512Bf16);
+    // SAFETY: `Level` says that the processor has the instructions; the lengths are checked.
+    unsafe { by_rows!(rows, words_of, tile, sums) }
+}
+
+/// In fp32, with AVX-512.
+pub(super) fn floats_512(tile: &Tile<'_, Floats>, sums: &mut [[f32; X]; W]) {
+    let rows = tile.rows(8);
+    assert!(tile.level >= Level::Avx512);
+    // SAFETY: `Level` says that the processor has the instructions; the lengths are checked.
+    unsafe { by_rows!(rows, floats_512_of, tile, sums) }
+}
+
+/// In fp32, with AVX2.
+pub(super) fn floats_256(tile: &Tile<'_, Floats>, sums: &mut [[f32; X]; W]) {
+    let rows = tile.rows(8);
+    assert!(tile.level >= Level::Avx2);
+    // SAFETY: `Level` says that the processor has the instructions; the lengths are checked.
+    unsafe { by_rows!(rows, floats_256_of, tile, sums) }
+}
+
+/// How the scales of a chunk, up to four, come to lie over its 16 lanes of eight codes.
+fn over_lanes(block: usize) -> [i32; 16] {
+    std::array::from_fn(|lane| (8 * lane / block) as i32)
+}
+
+/// Where a chunk of 512 bits is, and what is in registers beside the sums.
+struct Chunk<'a, L> {
+    tile: &'a Tile<'a, L>,
+    /// Its first code in each row.
+    at: usize,
+    /// The values of the codes.
+    table: __m512i,
+    /// [`over_lanes`].
+    over: __m512i,
+}
+
+impl<L> Chunk<'_, L> {
+    /// Codes of a row, and the scales of its 16 lanes. The last chunk of a row may have fewer, and zeros for the others.
+    ///
+    /// # Safety
+    /// AVX-512 F; the row is there, and so are all 128 codes if it is `WHOLE`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn load<const WHOLE: bool>(&self, row: usize) -> (__m512i, __m512) {
+        let (inp, block) = (self.tile.inp, self.tile.block);
+        // SAFETY: a row has inp / 2 bytes and inp / block scales, the last one `BEYOND` more.
+        unsafe {
+            let bytes = self.tile.bytes.as_ptr().add(row * (inp / 2) + self.at / 2);
+            let codes = match WHOLE {
+                true => _mm512_loadu_si512(bytes.cast()),
+                false => _mm512_maskz_loadu_epi32(self.lanes(), bytes.cast()),
+            };
+            let scales = self.tile.scales.as_ptr();
+            let four = _mm_loadu_ps(scales.add(row * (inp / block) + self.at / block));
+            let scales = _mm512_permutevar_ps(_mm512_broadcast_f32x4(four), self.over);
+            (codes, scales)
+        }
+    }
+
+    /// Which lanes have codes, if not all.
+    fn lanes(&self) -> __mmask16 {
+        (1 << ((self.tile.inp - self.at) / 8)) - 1
+    }
+}
+
+/// 16-bit lanes: four lookups a chunk. A lookup takes five bits, so the table is there twice.
+///
+/// # Safety
+/// AVX-512 F, BW, DQ, VL, BF16; a tile of so many rows, and this chunk in it.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn words_chunk<const ROWS: usize, const COUNT: usize, const WHOLE: bool>(
+    it: &Chunk<'_, Words>,
+    all: &mut [[__m512; COUNT]; ROWS],
+) {
+    let lines_a_row = it.tile.inp.div_ceil(CHUNK) * 4;
+    let mut looked = [[_mm512_setzero_si512(); 4]; ROWS];
+    let mut scales = [_mm512_setzero_ps(); ROWS];
+    for row in 0..ROWS {
+        // SAFETY: the caller's.
+        let (codes, scale) = unsafe { it.load::<WHOLE>(row) };
+        looked[row] = [
+            _mm512_permutexvar_epi16(codes, it.table),
+            _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), it.table),
+            _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(codes), it.table),
+            _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes), it.table),
+        ];
+        scales[row] = scale;
+    }
+    for r in 0..COUNT {
+        let mut of = [_mm512_setzero_ps(); ROWS];
+        for j in 0..4 {
+            // SAFETY: each row of `x` has four lines for each chunk. Both types are 512 bits.
+            unsafe {
+                let line = it
+                    .tile
+                    .x
+                    .as_ptr()
+                    .add(r * lines_a_row + it.at / CHUNK * 4 + j);
+                let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(line.cast()));
+                for row in 0..ROWS {
+                    let w = std::mem::transmute::<__m512i, __m512bh>(looked[row][j]);
+                    of[row] = _mm512_dpbf16_ps(of[row], w, x);
+                }
+            }
+        }
+        for row in 0..ROWS {
+            all[row][r] = match WHOLE {
+                true => _mm512_fmadd_ps(of[row], scales[row], all[row][r]),
+                false => _mm512_mask3_fmadd_ps(of[row], scales[row], all[row][r], it.lanes()),
+            };
+        }
+    }
+}
+
+/// # Safety
+/// As [`words_chunk`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn words_of<const ROWS: usize, const COUNT: usize>(
+    tile: &Tile<'_, Words>,
+    sums: &mut [[f32; X]; W],
+) {
+    // SAFETY: 16 numbers each; both types are 256 bits.
+    let (table, over) = unsafe {
+        let table = _mm512_cvtneps_pbh(_mm512_loadu_ps(tile.table.as_ptr()));
+        let table = _mm512_broadcast_i64x4(std::mem::transmute::<__m256bh, __m256i>(table));
+        let over = _mm512_loadu_si512(over_lanes(tile.block).as_ptr().cast());
+        (table, over)
+    };
+    let chunk = |at| Chunk {
+        tile,
+        at,
+        table,
+        over,
+    };
+    let mut all = [[_mm512_setzero_ps(); COUNT]; ROWS];
+    let rest = tile.inp % CHUNK;
+    for at in (0..tile.inp - rest).step_by(CHUNK) {
+        // SAFETY: the instructions are the caller's; a whole chunk is there.
+        unsafe { words_chunk::<ROWS, COUNT, true>(&chunk(at), &mut all) };
+    }
+    if rest > 0 {
+        // SAFETY: the instructions are the caller's.
+        unsafe { words_chunk::<ROWS, COUNT, false>(&chunk(tile.inp - rest), &mut all) };
+    }
+    for (sums, all) in sums.iter_mut().zip(all) {
+        sums.iter_mut()
+            .zip(all)
+            .for_each(|(sum, all)| *sum = _mm512_reduce_add_ps(all));
+    }
+}
+
+/// 32-bit lanes: eight lookups a chunk.
+///
+/// # Safety
+/// AVX-512 F, BW, DQ, VL; a tile of so many rows, and this chunk in it.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn floats_chunk<const ROWS: usize, const COUNT: usize, const WHOLE: bool>(
+    it: &Chunk<'_, Floats>,
+    all: &mut [[__m512; COUNT]; ROWS],
+) {
+    let lines_a_row = it.tile.inp.div_ceil(CHUNK) * 8;
+    let table = _mm512_castsi512_ps(it.table);
+    for row in 0..ROWS {
+        // SAFETY: the caller's.
+        let (codes, scale) = unsafe { it.load::<WHOLE>(row) };
+        let looked = [
+            _mm512_permutexvar_ps(codes, table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<8>(codes), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<12>(codes), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<16>(codes), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<20>(codes), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<24>(codes), table),
+            _mm512_permutexvar_ps(_mm512_srli_epi32::<28>(codes), table),
+        ];
+        for r in 0..COUNT {
+            let mut of = [_mm512_setzero_ps(); 2];
+            for (j, looked) in looked.iter().enumerate() {
+                // SAFETY: each row of `x` has eight lines for each chunk.
+                let x = unsafe {
+                    let line = it
+                        .tile
+                        .x
+                        .as_ptr()
+                        .add(r * lines_a_row + it.at / CHUNK * 8 + j);
+                    _mm512_load_ps(line.cast())
+                };
+                of[j % 2] = match j {
+                    0 | 1 => _mm512_mul_ps(*looked, x),
+                    _ => _mm512_fmadd_ps(*looked, x, of[j % 2]),
+                };
+            }
+            let of = _mm512_add_ps(of[0], of[1]);
+            all[row][r] = match WHOLE {
+                true => _mm512_fmadd_ps(of, scale, all[row][r]),
+                false => _mm512_mask3_fmadd_ps(of, scale, all[row][r], it.lanes()),
+            };
+        }
+    }
+}
+
+/// # Safety
+/// As [`floats_chunk`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn floats_512_of<const ROWS: usize, const COUNT: usize>(
+    tile: &Tile<'_, Floats>,
+    sums: &mut [[f32; X]; W],
+) {
+    // SAFETY: 16 numbers each.
+    let (table, over) = unsafe {
+        (
+            _mm512_loadu_si512(tile.table.as_ptr().cast()),
+            _mm512_loadu_si512(over_lanes(tile.block).as_ptr().cast()),
+        )
+    };
+    let chunk = |at| Chunk {
+        tile,
+        at,
+        table,
+        over,
+    };
+    let mut all = [[_mm512_setzero_ps(); COUNT]; ROWS];
+    let rest = tile.inp % CHUNK;
+    for at in (0..tile.inp - rest).step_by(CHUNK) {
+        // SAFETY: the instructions are the caller's; a whole chunk is there.
+        unsafe { floats_chunk::<ROWS, COUNT, true>(&chunk(at), &mut all) };
+    }
+    if rest > 0 {
+        // SAFETY: the instructions are the caller's.
+        unsafe { floats_chunk::<ROWS, COUNT, false>(&chunk(tile.inp - rest), &mut all) };
+    }
+    for (sums, all) in sums.iter_mut().zip(all) {
+        sums.iter_mut()
+            .zip(all)
+            .for_each(|(sum, all)| *sum = _mm512_reduce_add_ps(all));
+    }
+}
+
+/// 32-bit lanes, half a chunk at a time. A lookup takes three bits, the fourth chooses between two halves of the table.
+///
+/// # Safety
+/// AVX2 and FMA; a tile of so many rows.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn floats_256_of<const ROWS: usize, const COUNT: usize>(
+    tile: &Tile<'_, Floats>,
+    sums: &mut [[f32; X]; W],
+) {
+    let (inp, block) = (tile.inp, tile.block);
+    let (bytes_a_row, scales_a_row) = (inp / 2, inp / block);
+    let lines_a_row = inp.div_ceil(CHUNK) * 8;
+    // SAFETY: the loads stay within the tile; where a row ends with a quarter of a chunk, 16 bytes are read.
+    unsafe {
+        let (below, above) = (
+            _mm256_loadu_ps(tile.table.as_ptr()),
+            _mm256_loadu_ps(tile.table.as_ptr().add(8)),
+        );
+        let (bytes, x) = (tile.bytes.as_ptr(), tile.x.as_ptr());
+        for row in 0..ROWS {
+            let scales = &tile.scales[row * scales_a_row..];
+            let mut all = [_mm256_setzero_ps(); COUNT];
+            for at in (0..inp).step_by(CHUNK / 2) {
+                let from = bytes.add(row * bytes_a_row + at / 2);
+                let quarter = inp - at < CHUNK / 2;
+                let codes = match quarter {
+                    false => _mm256_loadu_si256(from.cast()),
+                    true => _mm256_zextsi128_si256(_mm_loadu_si128(from.cast())),
+                };
+                let scale = match quarter {
+                    false => _mm256_set_m128(
+                        _mm_set1_ps(scales[(at + 32) / block]),
+                        _mm_set1_ps(scales[at / block]),
+                    ),
+                    true => _mm256_zextps128_ps256(_mm_set1_ps(scales[at / block])),
+                };
+                let mut looked = [_mm256_setzero_ps(); 8];
+                for (j, looked) in looked.iter_mut().enumerate() {
+                    let by = _mm_cvtsi32_si128(4 * j as i32);
+                    let codes = _mm256_srl_epi32(codes, by);
+                    let fourth = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(codes));
+                    *looked = _mm256_blendv_ps(
+                        _mm256_permutevar8x32_ps(below, codes),
+                        _mm256_permutevar8x32_ps(above, codes),
+                        fourth,
+                    );
+                }
+                for (r, all) in all.iter_mut().enumerate() {
+                    let line = x.add(r * lines_a_row + at / CHUNK * 8);
+                    let second = at % CHUNK / 8; // numbers within a line
+                    let mut of = [_mm256_setzero_ps(); 2];
+                    for (j, looked) in looked.iter().enumerate() {
+                        let x = _mm256_load_ps(line.add(j).cast::<f32>().add(second));
+                        of[j % 2] = _mm256_fmadd_ps(*looked, x, of[j % 2]);
+                    }
+                    let mut of = _mm256_add_ps(of[0], of[1]);
+                    if quarter {
+                        of = _mm256_zextps128_ps256(_mm256_castps256_ps128(of));
+                    }
+                    *all = _mm256_fmadd_ps(of, scale, *all);
+                }
+            }
+            for (sum, all) in sums[row].iter_mut().zip(all) {
+                let mut lanes = [0f32; 8];
+                _mm256_storeu_ps(lanes.as_mut_ptr(), all);
+                *sum = lanes.iter().sum();
+            }
+        }
+    }
+}
