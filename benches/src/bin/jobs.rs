@@ -4,11 +4,9 @@ use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use peft::quant::{Block, Compat, Format, Four, QuantisedLinear, Scheme, Type};
 use peft::open_in;
-use peft_core::{
-    Adapter, Ctx, Dense, LinearOp, ModelExt, Param, Plain, Rows, Schedule, Tuner,
-};
+use peft::quant::{Block, Compat, Format, Four, QuantisedLinear, Scheme, Type};
+use peft_core::{Adapter, Ctx, Dense, LinearOp, ModelExt, Param, Plain, Rows, Schedule, Tuner};
 use peft_models::{Cache, Decoder, IGNORE, Input, OpenOptions, causal_loss, save};
 use peft_torch::{AdamW, Moments, drop_grad, linear, memory};
 use serde_json::{Value, json};
@@ -279,12 +277,21 @@ fn main() -> Result<()> {
             adapters,
             seq,
             repeats,
-        } => mixed(&mut *load(&model, Dtype::Fp32, Bits::default())?, adapters, seq, repeats)?,
+        } => mixed(
+            &mut *load(&model, Dtype::Fp32, Bits::default())?,
+            adapters,
+            seq,
+            repeats,
+        )?,
         Job::Load {
             model,
             file,
             adapters,
-        } => load_many(&mut *load(&model, Dtype::Fp32, Bits::default())?, &file, adapters)?,
+        } => load_many(
+            &mut *load(&model, Dtype::Fp32, Bits::default())?,
+            &file,
+            adapters,
+        )?,
         Job::Tokenise {
             tokenizer,
             data,

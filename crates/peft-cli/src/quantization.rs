@@ -135,12 +135,20 @@ mod tests {
         let read = |value: Value| from_value::<Wish>(value).ok().map(|it| it.quantization());
         assert_eq!(read(json!("nf4")), Some(Some(Quantization::default())));
         assert_eq!(read(json!("none")), Some(None));
-        let whole = read(json!({"type": "fp4", "block_size": 128})).flatten().unwrap();
-        assert_eq!((whole.bits, whole.block_size, whole.double_quant), (Bits::Fp4, 128, true));
+        let whole = read(json!({"type": "fp4", "block_size": 128}))
+            .flatten()
+            .unwrap();
+        assert_eq!(
+            (whole.bits, whole.block_size, whole.double_quant),
+            (Bits::Fp4, 128, true)
+        );
         for bad in [json!("nf5"), json!({"typ": "nf4"}), json!(4)] {
             assert_eq!(read(bad), None);
         }
-        let odd = Quantization { block_size: 65, ..Quantization::default() };
+        let odd = Quantization {
+            block_size: 65,
+            ..Quantization::default()
+        };
         assert!(odd.format().is_err());
     }
 }

@@ -168,10 +168,7 @@ impl Layer {
         let h = self.input_norm.forward(x, ctx);
         let x = self.attention.forward(c, &h, around, before, ctx) + x;
         let h = self.mlp_norm.forward(&x, ctx);
-        let (gate, up) = (
-            self.mlp.gate.forward(&h, ctx),
-            self.mlp.up.forward(&h, ctx),
-        );
+        let (gate, up) = (self.mlp.gate.forward(&h, ctx), self.mlp.up.forward(&h, ctx));
         let inner = c.activation.gated(&gate, &up); // [batch, new, intermediate]
         self.mlp.down.forward(&inner, ctx) + x
     }

@@ -420,10 +420,15 @@ impl Seq2Seq for T5 {
         let seen = Mask::padding(mask.as_ref(), source, x.kind()).and(&bias);
         for block in &stack.blocks {
             let (c, mask, inputs) = (Arc::clone(c), seen.clone(), [&x, &seen.scores]);
-            x = block.run(inputs, Before::default(), ctx, move |block, inputs, before, ctx| {
-                let [x, scores] = inputs;
-                block.forward(&c, x, &mask.with(scores), None, before, ctx)
-            });
+            x = block.run(
+                inputs,
+                Before::default(),
+                ctx,
+                move |block, inputs, before, ctx| {
+                    let [x, scores] = inputs;
+                    block.forward(&c, x, &mask.with(scores), None, before, ctx)
+                },
+            );
         }
         Encoded {
             states: dropout(stack.norm.forward(&x, ctx), c.dropout, ctx),

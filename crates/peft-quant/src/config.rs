@@ -135,7 +135,11 @@ impl BaseFormat for Format {
                     nearest(other, ["bitsandbytes"].into_iter())
                 )));
             }
-            None => return Err(fault("`quantization_config` names no `quant_method`".into())),
+            None => {
+                return Err(fault(
+                    "`quantization_config` names no `quant_method`".into(),
+                ));
+            }
         }
         if flag("load_in_4bit") && flag("load_in_8bit") {
             return Err(fault(
@@ -178,7 +182,11 @@ mod tests {
     #[test]
     fn names_that_stay_dense() {
         let format = Format {
-            skip: vec!["lm_head".into(), "model.layers.0".into(), "down_proj".into()],
+            skip: vec![
+                "lm_head".into(),
+                "model.layers.0".into(),
+                "down_proj".into(),
+            ],
             ..Format::of(Scheme::NF4)
         };
         for at in [

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use peft_codec::{
-    Compat, Map, NESTED_BLOCK, NestedState, Nested, Scales, State, View, quantise,
+    Activations, Compat, Map, NESTED_BLOCK, Nested, NestedState, Scales, State, View, quantise,
 };
 use peft_core::{Error, Result};
 use peft_torch::{
@@ -62,7 +62,10 @@ impl FourBits {
         let (scales, nested) = match scheme.double_quant {
             false => (Kept::Plain(vector(&packed.absmax)), None),
             true => {
-                let nested = Nested::of(&packed.absmax, scheme.compat);
+                // libtorch's mean, as Python takes it, in whatever order it adds.
+                let mean = Tensor::from_slice(&packed.absmax).mean(Kind::Float);
+                let offset = mean.double_value(&[]) as f32;
+                let nested = Nested::around(&packed.absmax, offset, scheme.compat);
                 let kept = Kept::Nested {
                     codes: bytes(&nested.codes),
                     absmax: vector(&nested.absmax),
@@ -110,7 +113,12 @@ impl FourBits {
             let reason = format!("the name says {kind} and the state {}", state.quant_type);
             return Err(fault(&key, reason));
         }
-        if state.shape.iter().map(|&d| d as i64).ne(shape.iter().copied()) {
+        if state
+            .shape
+            .iter()
+            .map(|&d| d as i64)
+            .ne(shape.iter().copied())
+        {
             return Err(Error::Shape {
                 key: format!("{at}.weight"),
                 expected: shape.to_owned(),
@@ -132,7 +140,10 @@ impl FourBits {
                 return Err(fault(name, reason));
             }
             if !it.is_floating_point() {
-                return Err(fault(name, format!("of type {:?}, expected float", it.kind())));
+                return Err(fault(
+                    name,
+                    format!("of type {:?}, expected float", it.kind()),
+                ));
             }
             Ok(it.to_kind(Kind::Float).contiguous().view([-1]))
         };
@@ -261,7 +272,10 @@ impl FourBits {
         let float = |it: &[f32]| Tensor::from_slice(it).to_device(device);
         let table = float(self.state.quant_type.table());
         let bytes = self.bytes().to_kind(Kind::Int64);
-        let [high, low] = [bytes.bitwise_right_shift_tensor_scalar(4), bytes.bitwise_and(15)];
+        let [high, low] = [
+            bytes.bitwise_right_shift_tensor_scalar(4),
+            bytes.bitwise_and(15),
+        ];
         let codes = Tensor::stack(&[high, low], 1).view([-1]); // [2 ⌈n / 2⌉]
         let n: i64 = self.state.shape.iter().product::<usize>() as i64;
         let values = table.index_select(0, &codes.narrow(0, 0, n));
@@ -278,6 +292,39 @@ impl FourBits {
         scaled.to_kind(kind).view([out, inp])
     }
 
+    /// `x Wᵀ` straight from the codes, for few rows in main memory; x: `[m, in]` -> `[m, out]` in fp32.
+    pub(crate) fn few_rows(&self, x: &Tensor) -> Tensor {
+        let (out, inp) = self.shape();
+        let (m, out, inp) = (x.size()[0] as usize, out as usize, inp as usize);
+        let arranged = match x.kind() {
+            Kind::BFloat16 => with_slice(x, |it: &[bf16]| Activations::new(it, m, inp)),
+            _ => with_slice(x, |it: &[f32]| Activations::new(it, m, inp)),
+        };
+        let arranged = arranged.expect("a matrix of bf16 or fp32");
+        // Chunks of rows of the weight, each with all rows of x.
+        let rows = 64;
+        let mut parts = vec![0f32; out * m];
+        self.view(|view| {
+            for_each_chunk(&mut parts, rows * m, |i, part| {
+                let begin = i * rows;
+                let range = begin..(begin + rows).min(out);
+                view.multiply(&arranged, range, part).expect("rows of it");
+            });
+        });
+        if m == 1 {
+            return Tensor::from_slice(&parts).view([1, -1]);
+        }
+        let mut y = vec![0f32; out * m];
+        for (i, part) in parts.chunks(rows * m).enumerate() {
+            let width = part.len() / m;
+            for (r, row) in part.chunks(width).enumerate() {
+                let at = r * out + i * rows;
+                y[at..at + width].copy_from_slice(row);
+            }
+        }
+        Tensor::from_slice(&y).view([m as i64, out as i64])
+    }
+
     /// The codes as bytes, whatever type they are kept in.
     fn bytes(&self) -> Tensor {
         match self.packed.kind() {
@@ -287,7 +334,13 @@ impl FourBits {
     }
 
     fn view<R>(&self, body: impl FnOnce(View<'_>) -> R) -> R {
-        let State { quant_type, blocksize, shape, nested, .. } = &self.state;
+        let State {
+            quant_type,
+            blocksize,
+            shape,
+            nested,
+            ..
+        } = &self.state;
         let n = shape.iter().product();
         let view = |bytes: &[u8], scales: Scales<'_>| {
             body(View::new(bytes, scales, quant_type.table(), *blocksize, n).expect("checked"))
@@ -301,7 +354,15 @@ impl FourBits {
                     with_slice(map, |map: &[f32]| {
                         let offset = nested.as_ref().map_or(0.0, |it| it.offset);
                         let map = map.try_into().expect("256 numbers");
-                        view(bytes, Scales::Nested { codes, absmax, map, offset })
+                        view(
+                            bytes,
+                            Scales::Nested {
+                                codes,
+                                absmax,
+                                map,
+                                offset,
+                            },
+                        )
                     })
                 })
                 .and_then(|it| it)

@@ -10,6 +10,9 @@ use crate::{
     four::FourBits,
 };
 
+/// Up to so many rows are multiplied straight from 4 bits.
+const FEW: i64 = 8;
+
 /// `y = x · decode(W)ᵀ + b`. Frozen.
 #[derive(Debug)]
 pub struct QuantisedLinear {
@@ -105,7 +108,23 @@ impl Code {
 
     /// `x Wᵀ + b` in the dtype of x; no graph.
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
-        self.with_dense(x.kind(), |w| peft_torch::linear(x, w, bias))
+        let (out, inp) = self.shape();
+        let rows = x.numel() as i64 / inp.max(1);
+        let native = x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16);
+        match self {
+            Code::Four(it) if native && (1..=FEW).contains(&rows) => {
+                let y = it.few_rows(&x.reshape([rows, inp]).contiguous());
+                let y = match bias {
+                    Some(bias) => y + bias,
+                    None => y,
+                };
+                let mut shape = x.size();
+                shape.pop();
+                shape.push(out);
+                y.to_kind(x.kind()).view(shape.as_slice())
+            }
+            _ => self.with_dense(x.kind(), |w| peft_torch::linear(x, w, bias)),
+        }
     }
 }
 

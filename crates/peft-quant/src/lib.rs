@@ -37,6 +37,6 @@ mod layer;
 mod source;
 
 pub use config::{Eight, Format, Four, Scheme};
-pub use peft_codec::{Block, Compat, Type};
 pub use layer::QuantisedLinear;
+pub use peft_codec::{Block, Compat, Type};
 pub use source::Quantised;

@@ -59,7 +59,7 @@ impl<'a> Quantised<'a> {
         };
         let bias = bias.then(|| self.weights.tensor(&format!("{at}.bias"), &[out]));
         let bias = bias.transpose()?;
-                let code = match (kept, weight, &self.format.scheme) {
+        let code = match (kept, weight, &self.format.scheme) {
             (Some(code), ..) => code,
             (None, Some(weight), Some(scheme)) if !self.format.skips(at) => {
                 Code::encode(scheme, &weight)?

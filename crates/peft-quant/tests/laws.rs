@@ -106,7 +106,9 @@ fn in_bf16_a_batch_is_the_dense_product_to_the_bit() {
 fn few_rows_in_bf16_are_close() {
     let layer = layer(&four(Type::Nf4, 64, true), 256, 512, false, Kind::BFloat16);
     let x = random(&[2, 512], 3).to_kind(Kind::BFloat16);
-    let dense = x.to_kind(Kind::Float).matmul(&layer.weight().to_kind(Kind::Float).tr());
+    let dense = x
+        .to_kind(Kind::Float)
+        .matmul(&layer.weight().to_kind(Kind::Float).tr());
     // A bf16 has 8 bits, and so have the centroids; the output is rounded once.
     let off = far(&layer.forward(&x), &dense);
     assert!(off < 2f64.powi(-7), "{off}");
@@ -141,7 +143,9 @@ fn no_dense_weight_survives_a_product() {
         .collect();
     let x = random(&[16, 1024], 1).set_requires_grad(true);
     let before = memory::usage(Device::Cpu).map(|it| it.now);
-    let y = layers.iter().fold(x.shallow_clone(), |y, it| it.forward(&y));
+    let y = layers
+        .iter()
+        .fold(x.shallow_clone(), |y, it| it.forward(&y));
     y.sum(Kind::Float).backward();
     let after = memory::usage(Device::Cpu).map(|it| it.now);
     // One weight is 4 MiB in fp32; twelve would be 48.

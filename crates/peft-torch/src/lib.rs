@@ -35,8 +35,8 @@ pub use checkpoint::checkpoint;
 pub use function::{Function, apply, backward, drop_grad, vjp};
 pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
 pub use low_rank::add_low_rank;
-pub use scratch::{kept, with_scratch};
-pub use threads::for_each_chunk;
 pub use ops::{
     add_, add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, scale, scale_, swiglu,
 };
+pub use scratch::{kept, with_scratch};
+pub use threads::for_each_chunk;

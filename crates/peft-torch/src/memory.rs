@@ -1,8 +1,8 @@
 //! How much memory is in use, how much was at most, and how it is kept.
 
 use crate::ffi;
-use std::path::Path;
 use half::{bf16, f16};
+use std::path::Path;
 use tch::{Device, Kind, TchError, Tensor};
 
 /// Bytes in use now and at most since the start (or [`reset_peak`]).

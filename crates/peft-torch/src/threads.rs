@@ -18,11 +18,7 @@ use crate::ffi;
 ///
 /// # Panics
 /// If `size` is zero.
-pub fn for_each_chunk<T: Send>(
-    out: &mut [T],
-    size: usize,
-    body: impl Fn(usize, &mut [T]) + Sync,
-) {
+pub fn for_each_chunk<T: Send>(out: &mut [T], size: usize, body: impl Fn(usize, &mut [T]) + Sync) {
     let count = out.len().div_ceil(size);
     if count == 1 {
         return body(0, out);
@@ -32,9 +28,8 @@ pub fn for_each_chunk<T: Send>(
     ffi::parallel_for(count, |i| {
         let begin = i * size;
         // SAFETY: chunks do not overlap, each index comes once, and `out` is borrowed meanwhile.
-        let chunk = unsafe {
-            std::slice::from_raw_parts_mut(start.at().add(begin), size.min(len - begin))
-        };
+        let chunk =
+            unsafe { std::slice::from_raw_parts_mut(start.at().add(begin), size.min(len - begin)) };
         if let Err(text) = catch_unwind(AssertUnwindSafe(|| body(i, chunk)))
             && let Ok(mut panic) = panic.lock()
         {

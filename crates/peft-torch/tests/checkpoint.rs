@@ -76,7 +76,10 @@ fn the_inside_is_dropped_at_once_and_computed_once_more() {
         assert_eq!(runs.load(Ordering::SeqCst), before + 1);
         y
     };
-    assert!(!again(&x.detach()).requires_grad(), "nothing wants a gradient");
+    assert!(
+        !again(&x.detach()).requires_grad(),
+        "nothing wants a gradient"
+    );
     assert!(!tch::no_grad(|| again(&x)).requires_grad());
 }
 

@@ -156,14 +156,21 @@ const DRESSES: [(&str, Dress); 12] = [
     ("prefix", &[PREFIX]),
     ("prompt", &[PROMPT]),
     ("LoRA behind a prefix", &[PREFIX, LORA]),
-    ("P-tuning", &[r#"{"peft_type": "P_TUNING", "num_virtual_tokens": 4}"#]),
+    (
+        "P-tuning",
+        &[r#"{"peft_type": "P_TUNING", "num_virtual_tokens": 4}"#],
+    ),
     (
         "AdaLoRA",
-        &[r#"{"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "tinit": 1, "deltaT": 1, "total_step": 5, "lora_dropout": 0.2, "target_modules": "all-linear"}"#],
+        &[
+            r#"{"peft_type": "ADALORA", "init_r": 4, "target_r": 2, "tinit": 1, "deltaT": 1, "total_step": 5, "lora_dropout": 0.2, "target_modules": "all-linear"}"#,
+        ],
     ),
     (
         "VeRA",
-        &[r#"{"peft_type": "VERA", "r": 8, "vera_dropout": 0.2, "target_modules": ["c_fc", "q_proj", "o_proj", "query", "q", "o"]}"#],
+        &[
+            r#"{"peft_type": "VERA", "r": 8, "vera_dropout": 0.2, "target_modules": ["c_fc", "q_proj", "o_proj", "query", "q", "o"]}"#,
+        ],
     ),
     ("(IA)3", &[r#"{"peft_type": "IA3"}"#]),
     ("BitFit", &[r#"{"peft_type": "BITFIT", "add_bias": true}"#]),

@@ -100,7 +100,9 @@ type Model = Box<dyn Network>;
 
 /// A base in few bits rounds what is merged into it.
 fn rounds(case: &Case) -> bool {
-    case.meta["base"].as_str().is_some_and(|it| it.starts_with("quant/"))
+    case.meta["base"]
+        .as_str()
+        .is_some_and(|it| it.starts_with("quant/"))
 }
 
 fn bare(case: &Case) -> Result<Model, String> {
@@ -253,13 +255,7 @@ fn expect(case: &Case, found: &State, batch: &str, prefix: &str) -> Check {
     expect_within(case, found, batch, prefix, TOLERANCE)
 }
 
-fn expect_within(
-    case: &Case,
-    found: &State,
-    batch: &str,
-    prefix: &str,
-    tolerance: f64,
-) -> Check {
+fn expect_within(case: &Case, found: &State, batch: &str, prefix: &str, tolerance: f64) -> Check {
     let mut count = 0;
     for (name, tensor) in found {
         let key = format!("{batch}.{prefix}{name}");

@@ -175,7 +175,11 @@ fn same_files(what: &str, got: &Path, expected: &Path) {
     assert!(got_tensors.keys().eq(expected_tensors.keys()), "{what}");
     for (key, expected) in &expected_tensors {
         let found = &got_tensors[key];
-        assert_eq!((&found.0, found.1), (&expected.0, expected.1), "{what} {key}");
+        assert_eq!(
+            (&found.0, found.1),
+            (&expected.0, expected.1),
+            "{what} {key}"
+        );
         assert!(found.2 == expected.2, "{what} {key}: other bytes");
     }
     let config = |dir: &Path| files::read_json(&dir.join("config.json")).unwrap();
@@ -206,7 +210,9 @@ fn our_encoder_writes_pythons_folders() {
         let asked = &case.meta["asked"];
         let flag = |key: &str| asked[key].as_bool().unwrap_or(false);
         let storage = asked["bnb_4bit_quant_storage"].as_str();
-        if storage.is_some_and(|it| it != "uint8") || case.dir.join("model.safetensors.index.json").exists() {
+        if storage.is_some_and(|it| it != "uint8")
+            || case.dir.join("model.safetensors.index.json").exists()
+        {
             continue; // we write bytes as bytes, and files of another size
         }
         let scheme = match flag("load_in_8bit") {
@@ -226,7 +232,9 @@ fn our_encoder_writes_pythons_folders() {
             let names = skip.iter().map(|it| it.as_str().unwrap().to_owned());
             format.skip = names.collect();
         }
-        let dense = root().join("quant/dense").join(case.meta["base"].as_str().unwrap());
+        let dense = root()
+            .join("quant/dense")
+            .join(case.meta["base"].as_str().unwrap());
         let kind = match case.meta["dtype"].as_str() {
             Some("bfloat16") => Kind::BFloat16,
             Some("float16") => Kind::Half,
@@ -243,7 +251,9 @@ fn our_encoder_writes_pythons_folders() {
         let expected = bytes(&case.dir);
         let got = bytes(&out);
         for (key, expected) in &expected {
-            let found = got.get(key).unwrap_or_else(|| panic!("{} lacks {key}", case.name));
+            let found = got
+                .get(key)
+                .unwrap_or_else(|| panic!("{} lacks {key}", case.name));
             assert!(found == expected, "{} {key}: other bytes", case.name);
         }
         assert_eq!(got.len(), expected.len(), "{}", case.name);

@@ -5,9 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use peft::{
     core::{Adapter, ModelExt, Tuner},
-    models::{
-        HeadOptions, MODEL_TYPES, Network, OpenOptions, Source, Task, parameters, tasks,
-    },
+    models::{HeadOptions, MODEL_TYPES, Network, OpenOptions, Source, Task, parameters, tasks},
     train::Run,
 };
 use serde_json::{Value, json};

@@ -683,7 +683,14 @@ fn placement(plan: &Plan, sources: &Sources) -> Result<(Placement, BaseFormat)> 
         format.compute = Some(placed.kind);
         let why = "and products with quantised layers in the format asked for";
         let kind = tch::Kind::Float;
-        return Ok((Placement { kind, why, ..placed }, format));
+        return Ok((
+            Placement {
+                kind,
+                why,
+                ..placed
+            },
+            format,
+        ));
     }
     Ok((unrounded(plan, placed)?, format))
 }
@@ -1253,7 +1260,11 @@ fn forecast(plan: &Plan, data: &Data<'_>, model: &dyn Network) -> Result<()> {
     let held_out = data.held_out.as_ref().map_or(0, Rows::len) as f64 / rows.len().max(1) as f64;
     let evaluations =
         total.div_ceil(settings.evaluate_every(total)) + usize::from(settings.eval_on_start);
-    let each = if settings.gradient_checkpointing { 3.5 } else { 2.5 };
+    let each = if settings.gradient_checkpointing {
+        3.5
+    } else {
+        2.5
+    };
     let trained = each * (total * settings.gradient_accumulation_steps) as f64;
     let passes = trained + held_out * evaluations as f64;
     let guess = Duration::try_from_secs_f64(time.as_secs_f64() * passes).unwrap_or(Duration::MAX);

@@ -28,8 +28,8 @@ use serde_json::{Map, Value};
 
 use crate::{
     error::usage,
+    methods::{METHODS, Method, PREFIX_INIT_TEXT, PYTHONS_RATE, QLORA, TRAIN_MODULES},
     quantization::{Quantization, Wish},
-    methods::{METHODS, Method, PREFIX_INIT_TEXT, QLORA, PYTHONS_RATE, TRAIN_MODULES},
 };
 
 /// The decisions about a run, but for the loop's.
