@@ -5,6 +5,9 @@
 Three runners: ours; Python as people run it; Python tuned with two switches that few know (fp32 products
 through oneDNN, an allocator that keeps freed blocks). A round runs each of them once; medians are over all
 samples of all rounds. Ratios below 1 mean that ours is faster, or smaller.
+
+`--only PART` measures what has PART in its name: `steps`, `methods`, and `qlora`, which are steps over a base in 4 bits
+and the kernels of `bitsandbytes`, are groups.
 """
 
 import argparse
@@ -72,6 +75,28 @@ METHODS = [
 ]
 
 
+# QLoRA: steps of the Llama shape, and the kernels under them. The products are those of the base, in bf16, of which
+# checkpoints repeat the blocks'. Kernels are bound by memory: every byte once, at the rate of reading, although some are
+# written. 4 bits and a scale for 64 weights are 0.5625 bytes, with quantised scales 0.5159.
+QLORA = [*lora(), "--dtype", "bf16", "--quantise", "nf4", "--double-quant"]
+QLORA_STEPS = [
+    ("QLoRA step", QLORA, 512 * 4 * LLAMA),
+    ("QLoRA step, checkpoints", [*QLORA, "--gradient-checkpointing"], 512 * (4 * LLAMA + 2 * BLOCKS)),
+]
+NF4, DOUBLE = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
+SQUARE, TALL = 4096 * 4096, 11008 * 4096
+KERNELS = [  # name, the job, bytes, products
+    ("quantise 4096 x 4096 fp32", ["quantise", "--dtype", "fp32"], SQUARE * (4 + NF4), 0),
+    ("quantise 4096 x 4096 bf16, double", ["quantise", "--dtype", "bf16", "--double-quant"], SQUARE * (2 + DOUBLE), 0),
+    ("dequantise 4096 x 4096 to bf16", ["dequantise", "--dtype", "bf16"], SQUARE * (2 + NF4), 0),
+    ("dequantise 11008 x 4096 to bf16", ["dequantise", "--rows", "11008", "--dtype", "bf16"], TALL * (2 + NF4), 0),
+    ("dequantise 4096 x 4096 to bf16, double", ["dequantise", "--dtype", "bf16", "--double-quant"], SQUARE * (2 + DOUBLE), 0),
+    ("512 tokens through 4096 x 4096 bf16", ["linear4bit", "--dtype", "bf16"], 0, 2 * 512 * SQUARE),
+    ("1 token through 4096 x 4096 bf16", ["linear4bit", "--dtype", "bf16", "--tokens", "1", "--copies", "16"], SQUARE * NF4, 0),
+    ("AdamW in 8 bits, 16.8 million", ["adamw8bit"], (1 << 24) * (4 + 4 + 4 + 2 + 2), 0),
+]
+
+
 def models(folder):
     """The two shapes of the benchmark with made-up weights, made once."""
     import torch
@@ -98,6 +123,19 @@ def models(folder):
         if not (folder / f"{name}-bf16" / "model.safetensors").exists():
             torch.manual_seed(0)
             make().to(torch.bfloat16).save_pretrained(folder / f"{name}-bf16")
+
+
+def in_four_bits(dense, folder):
+    """A dense model as Python quantises and saves it."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if not (folder / "model.safetensors").exists():
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+        )
+        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16, quantization_config=config)
+        model.save_pretrained(folder)
 
 
 def conversations(path, rows):
@@ -195,6 +233,32 @@ class Bench:
             memory = 0.60 if flags else 0.85
             self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, None, (memory, None, None), "MiB")
 
+    def qlora(self):
+        asked = lambda name: self.args.only in f"qlora: {name}"
+        every = lambda it: [s for r in it for s in r["samples"]]
+        model = self.folder / "llama-bf16"
+        for name, flags, work in QLORA_STEPS:
+            if asked(name):
+                job = ["step", "--model", str(model), *flags, "--steps", str(self.args.steps)]
+                runs = self.rounds(f"qlora: {name}", job, self.args.rounds)
+                self.row(name, every, runs, work / self.floor["gemm_bf16_flops"])
+                self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, unit="MiB")
+        for name, job, moved, work in KERNELS:
+            if asked(name):
+                runs = self.rounds(f"qlora: {name}", [*job, "--repeats", "20"], self.args.rounds)
+                floor = moved / self.floor["read_bytes_per_s"] + work / self.floor["gemm_bf16_flops"]
+                self.row(name, lambda it: [1e3 * s for s in every(it)], runs, 1e3 * floor, unit="ms")
+        stored = self.folder / "llama-nf4"
+        flags = ["--dtype", "bf16", "--quantise", "nf4", "--double-quant"]
+        for name, folder, more in [("load in 4 bits", model, flags), ("load what is in 4 bits", stored, flags[:2])]:
+            if asked(name):
+                in_four_bits(model, stored)
+                runs = self.rounds(f"qlora: {name}", ["open4bit", "--model", str(folder), *more], self.args.rounds)
+                file = (folder / "model.safetensors").stat().st_size
+                self.row(name, every, runs, file / self.floor["read_bytes_per_s"])
+                self.row(f"memory: {name}", lambda it: [r["bytes"] / 2**20 for r in it], runs, unit="MiB")
+                self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, unit="MiB")
+
     def mixing(self):
         runs = self.rounds("mixed", ["mixed", "--model", str(self.folder / "gpt2")], self.args.rounds)
         self.row("8 rows, one adapter", lambda it: [s for r in it for s in r["one"]], runs)
@@ -257,6 +321,7 @@ class Bench:
         print(HEAD, flush=True)
         self.steps()
         self.methods()
+        self.qlora()
         jobs = {
             "mixed": self.mixing,
             "load": self.loading,

@@ -4,21 +4,41 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import time
 
 STARTED = time.perf_counter()
 
 
 def peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Of this program alone; what `getrusage` gives is no less than what the process held before it became this one,
+    which is a copy of `compare.py`."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def load(args):
     import torch
     from transformers import AutoModelForCausalLM
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    dtype = dtype_of(args)
+    if not args.quantise:
+        return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.quantise,
+        bnb_4bit_use_double_quant=args.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, quantization_config=config)
+
+
+def dtype_of(args):
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
 
 
 def adapted(args, model):
@@ -39,13 +59,25 @@ def adapted(args, model):
     return peft.get_peft_model(model, config)
 
 
+def to_be_trained(args, model):
+    """As QLoRA has it: all that is not quantised in fp32. Checkpoints are of each layer, in the way that torch advises."""
+    kwargs = {"use_reentrant": False}
+    if args.quantise:
+        from peft import prepare_model_for_kbit_training
+
+        return prepare_model_for_kbit_training(model, args.gradient_checkpointing, kwargs)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(kwargs)
+    return model
+
+
 LORA = '{"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}'
 
 
 def step(args):
     import torch
 
-    model = adapted(args, load(args))
+    model = adapted(args, to_be_trained(args, load(args)))
     model.train()
     ids = torch.randint(model.config.vocab_size, (args.batch, args.seq))
     labels = ids.clone()
@@ -122,12 +154,13 @@ def mixed(args):
     return {"samples": samples[1:], "one": one[1:]}
 
 
+def memory():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def load_many(args):
     from peft import PeftModel
-
-    def memory():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
 
     model = load(args)
     before, begin = memory(), time.perf_counter()
@@ -168,7 +201,106 @@ def encode(line):
     return whole, len(prompt)
 
 
-JOBS = {"step": step, "generate": generate, "merge": merge, "mixed": mixed, "load": load_many, "tokenise": tokenise}
+def open4bit(args):
+    """Loads a model in 4 bits: one that is stored so, or with `--quantise` a dense one."""
+    import bitsandbytes  # noqa: F401  what is imported is no part of loading
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    before, begin = memory(), time.perf_counter()
+    model = load(args)
+    seconds = time.perf_counter() - begin
+    return {"samples": [seconds], "bytes": memory() - before, "layers": len(list(model.modules()))}
+
+
+def timed(args, body):
+    """Seconds of each call after two that are not counted."""
+    samples = []
+    for _ in range(args.repeats + 2):
+        begin = time.perf_counter()
+        body()
+        samples.append(time.perf_counter() - begin)
+    return samples[2:]
+
+
+def packed_weight(args, dtype):
+    import bitsandbytes.functional as bnb
+    import torch
+
+    weight = torch.randn(args.rows, args.columns).to(dtype)
+    return bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=args.double_quant)
+
+
+def quantise(args):
+    """[rows, columns] in `--dtype` to NF4."""
+    import bitsandbytes.functional as bnb
+    import torch
+
+    weight = torch.randn(args.rows, args.columns).to(dtype_of(args))
+    body = lambda: bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=args.double_quant)
+    return {"samples": timed(args, body)}
+
+
+def dequantise(args):
+    """NF4 to [rows, columns] in `--dtype`."""
+    import bitsandbytes.functional as bnb
+
+    packed, state = packed_weight(args, dtype_of(args))
+    return {"samples": timed(args, lambda: bnb.dequantize_4bit(packed, state))}
+
+
+def linear4bit(args):
+    """x: [tokens, columns] through NF4 [rows, columns]. `bitsandbytes` has two ways: to dequantise and multiply, as in
+    training, and where the processor has AVX512-BF16 and nothing is trained, a kernel over a packed weight. Both are
+    measured, and the faster one counts. One weight after the other, since a model has many: they do not stay in a
+    cache."""
+    import bitsandbytes
+    import torch
+
+    dtype = dtype_of(args)
+    x = torch.randn(args.tokens, args.columns).to(dtype)
+    layers = []
+    for _ in range(args.copies):
+        layer = bitsandbytes.nn.Linear4bit(
+            args.columns, args.rows, False, dtype, compress_statistics=args.double_quant, quant_type="nf4"
+        )
+        layers.append(layer.to(dtype).to("cpu"))  # which is what quantises
+
+    def through():
+        for layer in layers:
+            layer(x)
+
+    with torch.no_grad():
+        ways = {"dequantised": [it / args.copies for it in timed(args, through)]}
+        for layer in layers:
+            layer.eval()
+        ways["packed"] = [it / args.copies for it in timed(args, through)]
+    return {"samples": min(ways.values(), key=statistics.median), "ways": ways}
+
+
+def adamw8bit(args):
+    """One step of 8-bit AdamW on a tensor of `--size`."""
+    import bitsandbytes
+    import torch
+
+    parameter = torch.nn.Parameter(torch.randn(args.size))
+    parameter.grad = torch.randn(args.size)
+    optimizer = bitsandbytes.optim.AdamW8bit([parameter], lr=1e-4, weight_decay=0.01)
+    return {"samples": timed(args, optimizer.step)}
+
+
+JOBS = {
+    "step": step,
+    "generate": generate,
+    "merge": merge,
+    "mixed": mixed,
+    "load": load_many,
+    "tokenise": tokenise,
+    "open4bit": open4bit,
+    "quantise": quantise,
+    "dequantise": dequantise,
+    "linear4bit": linear4bit,
+    "adamw8bit": adamw8bit,
+}
 
 
 def main():
@@ -187,6 +319,14 @@ def main():
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quantise", choices=["nf4", "fp4"], help="the linear layers of a dense model, as it is loaded")
+    parser.add_argument("--double-quant", action="store_true")
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--copies", type=int, default=1)
+    parser.add_argument("--size", type=int, default=1 << 24)
     parser.add_argument("--out")
     parser.add_argument("--tokenizer")
     parser.add_argument("--data")
