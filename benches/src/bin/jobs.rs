@@ -6,8 +6,10 @@ use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use peft::open_in;
 use peft::quant::{Block, Compat, Format, Four, QuantisedLinear, Scheme, Type};
-use peft_core::{Adapter, Ctx, Dense, LinearOp, ModelExt, Param, Plain, Rows, Schedule, Tuner};
-use peft_models::{Cache, Decoder, IGNORE, Input, OpenOptions, causal_loss, save};
+use peft_core::{Adapter, Ctx, Dense, LinearOp, Model, ModelExt, Param, Plain, Rows, Schedule, Tuner};
+use peft_models::{
+    Cache, Decoder, IGNORE, Input, MadeUp, OpenOptions, Task, build, causal_loss, save,
+};
 use peft_torch::{AdamW, Moments, drop_grad, linear, memory};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -119,6 +121,22 @@ enum Job {
         #[arg(long)]
         dense: bool,
     },
+    /// One step of QLoRA on a model with made-up weights of the shape that a config.json describes
+    Scale {
+        /// The folder of config.json
+        #[arg(long)]
+        model: PathBuf,
+        #[arg(long)]
+        adapter: String,
+        #[arg(long, default_value = "bf16")]
+        dtype: Dtype,
+        #[command(flatten)]
+        bits: Bits,
+        #[arg(long, default_value_t = 1)]
+        batch: i64,
+        #[arg(long, default_value_t = 512)]
+        seq: i64,
+    },
     /// Tokenises a file of conversations into a cold cache
     Tokenise {
         #[arg(long)]
@@ -161,6 +179,23 @@ impl Bits {
             double_quant: self.double_quant,
             compat: Compat::Cuda,
         })
+    }
+}
+
+impl Bits {
+    /// How layers are kept, and the dtype of the rest.
+    fn format(self, dtype: Dtype) -> (Format, Kind) {
+        let format = match self.quantise {
+            Some(_) => Format::of(self.scheme()),
+            None => Format::as_stored(),
+        };
+        match self.keep_in_fp32 {
+            false => (format, dtype.kind()),
+            true => {
+                let compute = Some(dtype.kind());
+                (Format { compute, ..format }, Kind::Float)
+            }
+        }
     }
 }
 
@@ -247,6 +282,33 @@ fn main() -> Result<()> {
             prompt,
             repeats,
         } => generate(&*load(&model, dtype, bits)?, new, prompt, repeats),
+        Job::Scale {
+            model,
+            adapter,
+            dtype,
+            bits,
+            batch,
+            seq,
+        } => {
+            let (format, kind) = bits.format(dtype);
+            let begun = Instant::now();
+            let mut weights = MadeUp::normal(kind);
+            let config = model.join("config.json");
+            let mut model = build(&config, Task::CausalLm, &mut weights, &format)?;
+            let built = begun.elapsed().as_secs_f64();
+            let bytes = memory::usage(Device::Cpu).map_or(0, |it| it.now);
+            let mut trained = dress(&mut *model, Some(&adapter), 1)?;
+            let model = model.decoder().ok_or_else(|| anyhow::anyhow!("no decoder"))?;
+            let batch = random_batch(model, batch, seq, 0.0);
+            let ctx = Ctx {
+                checkpoint: true,
+                ..Ctx::TRAIN
+            };
+            let mut result = step(model, &mut trained, &batch, ctx, (1, 0))?;
+            result["built_s"] = built.into();
+            result["bytes_of_model"] = bytes.into();
+            result
+        }
         Job::Open4bit { model, dtype, bits } => open4bit(&model, dtype, bits)?,
         Job::Quantise(weight) => {
             let dense = weight.dense();
@@ -307,15 +369,7 @@ fn main() -> Result<()> {
 }
 
 fn load(dir: &std::path::Path, dtype: Dtype, bits: Bits) -> Result<Box<dyn Decoder>> {
-    let mut format = match bits.quantise {
-        Some(_) => Format::of(bits.scheme()),
-        None => Format::as_stored(),
-    };
-    let mut kind = dtype.kind();
-    if bits.keep_in_fp32 {
-        format.compute = Some(kind);
-        kind = Kind::Float;
-    }
+    let (format, kind) = bits.format(dtype);
     let options = OpenOptions {
         kind: Some(kind),
         ..OpenOptions::default()
@@ -371,7 +425,7 @@ struct Trained {
 }
 
 /// Puts the method that a configuration means on the model; without one all of the model is trained.
-fn dress(model: &mut dyn Decoder, adapter: Option<&str>, steps: usize) -> Result<Trained> {
+fn dress(model: &mut (impl Model + ?Sized), adapter: Option<&str>, steps: usize) -> Result<Trained> {
     let Some(config) = adapter else {
         return Ok(Trained {
             params: model.thaw(None)?,

@@ -106,7 +106,7 @@ impl Format {
     }
 
     /// Whether the layer called `at` stays dense.
-    pub(crate) fn skips(&self, at: &str) -> bool {
+    pub fn keeps_dense(&self, at: &str) -> bool {
         // A part of the path between dots: of a module it means all that is in it.
         let path = format!(".{at}.");
         self.skip
@@ -194,10 +194,10 @@ mod tests {
             "model.layers.0.mlp.up_proj",
             "model.layers.1.mlp.down_proj",
         ] {
-            assert!(format.skips(at), "{at}");
+            assert!(format.keeps_dense(at), "{at}");
         }
         for at in ["model.layers.10.mlp.up_proj", "model.my_lm_head"] {
-            assert!(!format.skips(at), "{at}");
+            assert!(!format.keeps_dense(at), "{at}");
         }
     }
 }

@@ -61,7 +61,7 @@ impl<'a> Quantised<'a> {
         let bias = bias.transpose()?;
         let code = match (kept, weight, &self.format.scheme) {
             (Some(code), ..) => code,
-            (None, Some(weight), Some(scheme)) if !self.format.skips(at) => {
+            (None, Some(weight), Some(scheme)) if !self.format.keeps_dense(at) => {
                 Code::encode(scheme, &weight)?
             }
             (None, Some(weight), _) => return Ok(Linear::new(Dense::new(weight, bias))),

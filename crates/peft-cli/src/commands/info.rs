@@ -1,21 +1,25 @@
 //! `peft info`: what a model is, or an adapter, and what a method would train.
 
+mod budget;
+
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use peft::{
-    core::{Adapter, ModelExt, Tuner},
+    core::{Adapter, ModelExt, Tuner, files},
     models::{HeadOptions, MODEL_TYPES, Network, OpenOptions, Source, Task, parameters, tasks},
     train::Run,
 };
 use serde_json::{Value, json};
 use tch::Kind;
 
+use self::budget::{Budget, Step};
 use crate::{
-    args::kind_name,
+    args::{DtypeChoice, kind_name},
     commands::check::plain_table,
     error::usage,
-    methods::{METHODS, Method},
+    methods::{METHODS, Method, QLORA},
+    quantization::Quantization,
     sources::{FULL, base_of, task_of},
     terminal::{bytes, grouped},
 };
@@ -32,6 +36,18 @@ pub(crate) struct Args {
     /// A setting of the method; the value is JSON or a word
     #[arg(long = "set", value_name = "KEY=VALUE", requires = "method")]
     set: Vec<String>,
+    /// Rows of a training step, to say what it would hold in memory; of the model only config.json is read
+    #[arg(long, value_name = "N", requires = "seq", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    batch: Option<u64>,
+    /// Tokens in each of its rows
+    #[arg(long, value_name = "N", requires = "batch", value_parser = clap::value_parser!(u64).range(1..=1 << 24))]
+    seq: Option<u64>,
+    /// Number format of its products
+    #[arg(long, value_name = "DTYPE", default_value = "bf16", requires = "batch")]
+    dtype: DtypeChoice,
+    /// With a base in few bits, what is not quantised is in the format of products, too
+    #[arg(long, requires = "batch")]
+    no_fp32: bool,
 }
 
 /// Describes.
@@ -60,6 +76,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let kind = config.get("model_type").and_then(Value::as_str);
     let offered = tasks(kind.unwrap_or_default()).first().copied();
     let task = task_of(&config).or(offered).unwrap_or(Task::CausalLm);
+    if let (Some(batch), Some(seq)) = (args.batch, args.seq) {
+        return step(&args, &source, task, tuner.flatten(), (batch, seq));
+    }
     let mut model = peft::open_task(
         &source,
         task,
@@ -73,6 +92,50 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Some(Some(tuner)) => one(tuner.peft_type(), &counted(&mut *model, &*tuner)?),
         Some(None) => one("full fine-tuning", &Count::whole(&mut *model)),
     }
+}
+
+/// What a step would hold in memory.
+fn step(
+    args: &Args,
+    source: &Source,
+    task: Task,
+    tuner: Option<Box<dyn Tuner>>,
+    (batch, seq): (u64, u64),
+) -> Result<()> {
+    let (Some(name), Some(tuner)) = (&args.method, tuner) else {
+        return Err(usage(
+            "`--batch` and `--seq` go with `--method` and a method that leaves the base as it is",
+        ));
+    };
+    let method = Method::named(name)?;
+    let compute = args.dtype.kind().unwrap_or(Kind::BFloat16);
+    let quantization = (method.name == QLORA).then(Quantization::default);
+    let rest = match &quantization {
+        Some(_) if !args.no_fp32 => Kind::Float,
+        _ => compute,
+    };
+    let step = Step {
+        batch,
+        seq,
+        compute,
+        rest,
+        quantization,
+        checkpoint: method.checkpoints(),
+    };
+    let held = tempfile::tempdir().context("a temporary folder")?;
+    let config = match source {
+        Source::Folder(dir) => dir.join("config.json"),
+        Source::Gguf(_) => {
+            let path = held.path().join("config.json");
+            files::write_json(&path, &source.config()?)?;
+            path
+        }
+    };
+    let budget = Budget::of(&config, task, &*tuner, &step)?;
+    line("model", source.path().display());
+    line("method", method.title);
+    budget.print(&step);
+    Ok(())
 }
 
 fn line(name: &str, value: impl std::fmt::Display) {
