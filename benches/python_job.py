@@ -321,6 +321,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quantise", choices=["nf4", "fp4"], help="the linear layers of a dense model, as it is loaded")
     parser.add_argument("--double-quant", action="store_true")
+    parser.add_argument("--keep-in-fp32", action="store_true", help="what is not quantised; Python does so anyway")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=4096)
