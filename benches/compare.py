@@ -247,8 +247,11 @@ class Bench:
                 floor = narrow / self.floor["gemm_bf16_flops"] + wide / self.floor["gemm_fp32_flops"]
                 self.row(name, every, runs, floor)
                 self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, unit="MiB")
+        known = subprocess.run([self.args.jobs, "--help"], capture_output=True, text=True, check=True).stdout
         for name, job, moved, work in KERNELS:
-            if asked(name):
+            if asked(name) and f"  {job[0]} " not in known:
+                print(f"{name}: skipped, ours has no job `{job[0]}`", flush=True)
+            elif asked(name):
                 runs = self.rounds(f"qlora: {name}", [*job, "--repeats", "20"], self.args.rounds)
                 floor = moved / self.floor["read_bytes_per_s"] + work / self.floor["gemm_bf16_flops"]
                 self.row(name, lambda it: [1e3 * s for s in every(it)], runs, 1e3 * floor, unit="ms")
