@@ -298,6 +298,7 @@ fn main() -> Result<()> {
             let built = begun.elapsed().as_secs_f64();
             let bytes = memory::usage(Device::Cpu).map_or(0, |it| it.now);
             let mut trained = dress(&mut *model, Some(&adapter), 1)?;
+            memory::reset_peak(Device::Cpu); // of the step
             let model = model.decoder().ok_or_else(|| anyhow::anyhow!("no decoder"))?;
             let batch = random_batch(model, batch, seq, 0.0);
             let ctx = Ctx {
@@ -305,6 +306,9 @@ fn main() -> Result<()> {
                 ..Ctx::TRAIN
             };
             let mut result = step(model, &mut trained, &batch, ctx, (1, 0))?;
+            memory::give_back();
+            let after = memory::usage(Device::Cpu).map_or(0, |it| it.now);
+            result["bytes_after"] = after.into(); // without what the step alone needed
             result["built_s"] = built.into();
             result["bytes_of_model"] = bytes.into();
             result

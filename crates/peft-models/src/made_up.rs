@@ -75,5 +75,6 @@ pub fn build(
     assemble::offers(&keys, task)?;
     let head = HeadOptions::default();
     let built = assemble::network(&keys, &mut *format.over(weights), task, &head)?;
+    peft_torch::memory::give_back();
     Ok(built.network())
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use peft_core::{AsStored, BaseFormat, Error, Result, files};
 use peft_gguf::{Gguf, HfView};
+use peft_torch::memory;
 use serde_json::Value;
 use tch::{Device, Kind};
 
@@ -105,6 +106,7 @@ pub fn open_source_in(
     format.check(&keys.json)?;
     let mut weights = weights(source, options)?;
     let mut model = assemble::decoder(&keys, &mut *format.over(&mut weights))?;
+    memory::give_back();
     model.origin.aside = weights.finish(assemble::aside(Task::CausalLm))?;
     Ok(Box::new(model))
 }
@@ -133,6 +135,7 @@ pub fn open_task_in(
     format.check(&keys.json)?;
     let mut weights = weights(source, options)?;
     let mut built = assemble::network(&keys, &mut *format.over(&mut weights), task, head)?;
+    memory::give_back();
     *built.aside() = weights.finish(assemble::aside(task))?;
     Ok(built.network())
 }

@@ -108,6 +108,16 @@ pub fn with_bytes<T>(tensor: &Tensor, body: impl FnOnce(&[u8]) -> T) -> T {
     body(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<u8>(), len) })
 }
 
+/// Gives freed blocks back to the system after all: when something large was needed once, such as the dense weights of a
+/// model that is kept in few bits.
+pub fn give_back() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: frees what nobody uses.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 /// A type of numbers that Rust and libtorch lay out alike.
 pub trait Number: Copy + private::Sealed {
     /// Its name in libtorch.
