@@ -176,28 +176,31 @@ fn a_first_session() {
     );
 }
 
-#[test]
-fn a_killed_run_goes_on_to_the_same_bits() {
-    let world = World::new();
+const STEPS: [&str; 10] = [
+    "--max-steps",
+    "500",
+    "--batch-size",
+    "2",
+    "--save-steps",
+    "25",
+    "--eval-steps",
+    "250",
+    "--set",
+    "lora_dropout=0.1",
+];
+
+/// A run that is killed after its first checkpoint, and resumed.
+fn killed_and_resumed(world: &World, run: &str, more: &[&str]) {
     let dir = world.dir.path();
-    let steps = [
-        "--max-steps",
-        "500",
-        "--batch-size",
-        "2",
-        "--save-steps",
-        "25",
-        "--eval-steps",
-        "250",
-    ];
+    let args = [&STEPS[..], &["--out", run, "--threads", "1"], more].concat();
     let mut child = Command::new(env!("CARGO_BIN_EXE_peft"))
-        .args(world.train(&[&steps[..], &["--out", "run", "--threads", "1"]].concat()))
+        .args(world.train(&args))
         .current_dir(dir)
         .env("XDG_CACHE_HOME", dir.join("cache"))
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
-    let saved = dir.join("run/checkpoint/state.safetensors");
+    let saved = dir.join(run).join("checkpoint/state.safetensors");
     for _ in 0..3000 {
         if saved.exists() {
             break;
@@ -207,12 +210,36 @@ fn a_killed_run_goes_on_to_the_same_bits() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(saved.exists());
-    good(dir, &["train", "--resume", "run"]);
+    good(dir, &["train", "--resume", run]);
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bits_whether_blocks_are_kept_or_computed_again() {
+    let world = World::new();
+    let dir = world.dir.path();
     good(
         dir,
-        &world.train(&[&steps[..], &["--out", "whole"]].concat()),
+        &world.train(&[&STEPS[..], &["--out", "whole"]].concat()),
     );
-    assert_eq!(world.bits("run"), world.bits("whole"));
+    for (run, more) in [
+        ("kept", &[][..]),
+        ("again", &["--gradient-checkpointing"][..]),
+    ] {
+        killed_and_resumed(&world, run, more);
+        assert!(world.bits(run) == world.bits("whole"), "{run}");
+    }
+    let config = |run: &str| std::fs::read_to_string(dir.join(run).join("config.yaml")).unwrap();
+    assert!(config("kept").contains("gradient_checkpointing: false"));
+    assert!(config("again").contains("gradient_checkpointing: true"));
+    // What a file says, a flag takes back.
+    let args = ["train", "again/config.yaml", "--dry-run", "--out", "third"];
+    let said = good(dir, &args);
+    assert!(said.contains("blocks computed twice"), "{said}");
+    let said = good(
+        dir,
+        &[&args[..], &["--gradient-checkpointing=false"]].concat(),
+    );
+    assert!(said.contains("gradient_checkpointing: false"), "{said}");
 }
 
 #[test]
@@ -230,6 +257,11 @@ fn mistakes_are_named_and_leave_nothing() {
         (&["--lr-scheduler-type", "cosin"], 2, "`cosine`"),
         (&["--set", "r=0"], 2, "rank 0"),
         (&["--batch-size", "0"], 2, "batch_size"),
+        (
+            &["--set", "gradient_checkpointing=often"],
+            2,
+            "gradient_checkpointing",
+        ),
         (&["--max-length", "0"], 2, "max_length"),
         (&["--format", "messages"], 1, "rows.jsonl"),
         (&["--validation", "nowhere.jsonl"], 1, "nowhere.jsonl"),

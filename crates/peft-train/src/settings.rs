@@ -31,7 +31,7 @@ pub struct Settings {
     /// Batches whose gradients are added up for one step.
     pub gradient_accumulation_steps: usize,
     /// Blocks of the model are computed again in the backward pass instead of being kept: the same numbers to the bit, in
-    /// less memory and about a third more time.
+    /// less memory, for one forward pass through the blocks more.
     pub gradient_checkpointing: bool,
     /// How often all rows are seen; may be a fraction. `epochs` is understood, too.
     #[serde(alias = "epochs")]

@@ -5,13 +5,14 @@ use std::path::{Path, PathBuf};
 
 use peft_core::{Ctx, Param, Schedule, State, tensors};
 use peft_data::{Dataset, Tokenizer, prepare};
+use peft_torch::checkpoint;
 use peft_train::{
     Batch, Checkpoint, Data, Ending, Error, Event, Objective, Observer, Record, Result, Rows, Run,
     Settings, Summary, evaluate, read_log, train,
 };
 use tch::{Device, Kind, Tensor};
 
-/// Scores of the next token: dropout(E[token]) · W.
+/// Scores of the next token: dropout(E[token]) · W, computed twice where that is asked for.
 struct Bigram {
     embed: Tensor,
     head: Tensor,
@@ -91,7 +92,12 @@ impl Objective for Bigram {
             return Ok((Tensor::from(loss * count as f64), count));
         }
         let seen = Tensor::embedding(&self.embed, &input.ids, -1, false, false);
-        let scores = seen.dropout(self.dropout, ctx.train).matmul(&self.head);
+        let (p, head) = (self.dropout, self.head.shallow_clone());
+        let scores = move |seen: &Tensor| seen.dropout(p, ctx.train).matmul(&head);
+        let scores = match ctx.checkpoint {
+            false => scores(&seen),
+            true => checkpoint(&[&seen], &[&self.head], move |it| Ok(scores(&it[0])))?,
+        };
         let scores = scores.narrow(1, 0, shape[1] - 1).reshape([-1, 600]);
         let labels = labels.narrow(1, 1, shape[1] - 1).reshape([-1]);
         let sum =
@@ -289,7 +295,16 @@ fn a_resumed_run_is_an_unbroken_run() {
         eval_steps: Some(2),
         ..settings()
     };
-    let cases = [(settings(), false), (plateau, false), (settings(), true)];
+    let twice = Settings {
+        gradient_checkpointing: true,
+        ..settings()
+    };
+    let cases = [
+        (settings(), false),
+        (plateau, false),
+        (settings(), true),
+        (twice, false),
+    ];
     for (at, (settings, acts)) in cases.iter().enumerate() {
         let bigram = || Bigram {
             acts: *acts,
@@ -321,6 +336,41 @@ fn a_resumed_run_is_an_unbroken_run() {
             assert_eq!(bits(&run, run.best()), bits(&whole, whole.best()));
         }
     }
+}
+
+#[test]
+fn gradient_checkpointing_reaches_the_model_in_training_alone_and_changes_nothing() {
+    struct Asked(Bigram, Vec<(bool, bool)>);
+    impl Objective for Asked {
+        fn loss(&mut self, batch: &Batch, ctx: Ctx) -> Result<(Tensor, i64)> {
+            self.1.push((ctx.train, ctx.checkpoint));
+            self.0.loss(batch, ctx)
+        }
+        fn params(&mut self) -> Vec<Param> {
+            self.0.params()
+        }
+        fn save(&mut self, dir: &Path) -> Result<()> {
+            self.0.save(dir)
+        }
+        fn device(&self) -> Device {
+            self.0.device()
+        }
+    }
+    let world = World::new();
+    let [plain, twice] = [false, true].map(|on| {
+        let settings = Settings {
+            gradient_checkpointing: on,
+            ..settings()
+        };
+        let mut model = Asked(Bigram::new(), Vec::new());
+        let run = world.run(&format!("{on}"));
+        train(&mut model, &settings, &world.data(), &run, None, &mut ()).unwrap();
+        assert!(model.1.contains(&(true, on)) && model.1.contains(&(false, false)));
+        assert!(!model.1.contains(&(true, !on)) && !model.1.contains(&(false, true)));
+        run
+    });
+    assert_eq!(log(&plain), log(&twice));
+    assert_eq!(bits(&plain, plain.adapter()), bits(&twice, twice.adapter()));
 }
 
 /// One step by hand: the gradient of the mean loss and of the term, AdamW, then what the method does.
