@@ -6,7 +6,9 @@ use anyhow::{Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use peft::open_in;
 use peft::quant::{Block, Compat, Format, Four, QuantisedLinear, Scheme, Type};
-use peft_core::{Adapter, Ctx, Dense, LinearOp, Model, ModelExt, Param, Plain, Rows, Schedule, Tuner};
+use peft_core::{
+    Adapter, Ctx, Dense, LinearOp, Model, ModelExt, Param, Plain, Rows, Schedule, Tuner,
+};
 use peft_models::{
     Cache, Decoder, IGNORE, Input, MadeUp, OpenOptions, Task, build, causal_loss, save,
 };
@@ -299,13 +301,18 @@ fn main() -> Result<()> {
             let bytes = memory::usage(Device::Cpu).map_or(0, |it| it.now);
             let mut trained = dress(&mut *model, Some(&adapter), 1)?;
             memory::reset_peak(Device::Cpu); // of the step
-            let model = model.decoder().ok_or_else(|| anyhow::anyhow!("no decoder"))?;
+            let model = model
+                .decoder()
+                .ok_or_else(|| anyhow::anyhow!("no decoder"))?;
             let batch = random_batch(model, batch, seq, 0.0);
             let ctx = Ctx {
                 checkpoint: true,
                 ..Ctx::TRAIN
             };
-            let mut result = step(model, &mut trained, &batch, ctx, (1, 0))?;
+            let (result, tensors) =
+                memory::counted(|| step(model, &mut trained, &batch, ctx, (1, 0)))?;
+            let mut result = result?;
+            result["bytes_of_tensors"] = tensors.peak.into(); // made in the step, at most
             memory::give_back();
             let after = memory::usage(Device::Cpu).map_or(0, |it| it.now);
             result["bytes_after"] = after.into(); // without what the step alone needed
@@ -429,7 +436,11 @@ struct Trained {
 }
 
 /// Puts the method that a configuration means on the model; without one all of the model is trained.
-fn dress(model: &mut (impl Model + ?Sized), adapter: Option<&str>, steps: usize) -> Result<Trained> {
+fn dress(
+    model: &mut (impl Model + ?Sized),
+    adapter: Option<&str>,
+    steps: usize,
+) -> Result<Trained> {
     let Some(config) = adapter else {
         return Ok(Trained {
             params: model.thaw(None)?,

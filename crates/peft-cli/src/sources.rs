@@ -286,6 +286,19 @@ impl Sources {
         self
     }
 
+    /// The base without what is put on it.
+    pub(crate) fn base_alone(&self) -> Sources {
+        Sources {
+            model: self.model.clone(),
+            base: self.base.clone(),
+            adapters: Vec::new(),
+            tokenizer: self.tokenizer.clone(),
+            task: self.task,
+            head: self.head.clone(),
+            format: self.format.clone(),
+        }
+    }
+
     /// What the model is for: as asked, as its adapters say, or the first that it can do.
     pub(crate) fn task(&self, asked: Option<&str>) -> Result<Task> {
         if let Some(asked) = asked {

@@ -298,6 +298,12 @@ impl Linear {
         self.adapters.push(name, adapter);
     }
 
+    /// Keeps another weight in the way of the base.
+    pub fn encode(&mut self, plain: Plain) -> Result<()> {
+        self.base = self.base.encode(plain)?;
+        Ok(())
+    }
+
     /// Makes the base dense, where it is not: the weight as it is decoded.
     pub fn decode(&mut self) {
         if self.base.is_dense() {

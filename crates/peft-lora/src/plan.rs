@@ -77,7 +77,7 @@ impl LoraConfig {
     }
 
     /// Rank and scale at a place.
-    pub(crate) fn rank_and_scale(&self, at: &str) -> Result<(i64, f64)> {
+    pub fn rank_and_scale(&self, at: &str) -> Result<(i64, f64)> {
         let r = pattern_value(&self.rank_pattern, at)?.unwrap_or(self.r);
         let alpha = pattern_value(&self.alpha_pattern, at)?.unwrap_or(self.lora_alpha);
         Ok((r, self.scale(r, alpha)))

@@ -67,7 +67,7 @@ pub struct Run {
 const INFO: &str = "run.json";
 
 /// What a run writes: what `overwrite` may remove.
-const OURS: [&str; 8] = [
+const OURS: [&str; 9] = [
     INFO,
     "config.yaml",
     "log.jsonl",
@@ -76,6 +76,7 @@ const OURS: [&str; 8] = [
     "adapter",
     "best",
     "checkpoint",
+    "base",
 ];
 
 impl Run {

@@ -83,6 +83,7 @@
 
 mod begin;
 mod open;
+mod residual;
 
 pub use peft_adalora as adalora;
 pub use peft_bitfit as bitfit;
@@ -119,6 +120,7 @@ pub use peft_prompt::{PromptConfig, PtuningConfig};
 pub use peft_torch::AdamW;
 pub use peft_train::Settings;
 pub use peft_vera::VeraConfig;
+pub use residual::{Residual, begin_at_residual};
 
 pub use tch;
 

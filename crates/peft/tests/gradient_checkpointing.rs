@@ -37,7 +37,12 @@ const BASES: [Base; 15] = [
     base("tasks/roberta-classes", Task::SeqCls, "encoder.layer.", 24),
     base("tasks/t5", Task::Seq2SeqLm, "block.", 70),
     base("tasks/t5-gated", Task::Seq2SeqLm, "block.", 24),
-    base("quant/models/llama-nf4-double", Task::CausalLm, "layers.", 64),
+    base(
+        "quant/models/llama-nf4-double",
+        Task::CausalLm,
+        "layers.",
+        64,
+    ),
     base("quant/models/llama-int8", Task::CausalLm, "layers.", 24),
     base("quant/models/qwen2-nf4-bf16", Task::CausalLm, "layers.", 24),
     base("quant/models/gpt2-fp4-double", Task::CausalLm, "h.", 24),

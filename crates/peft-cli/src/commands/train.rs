@@ -21,13 +21,14 @@ use clap::Parser;
 use console::style;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{
-    Ctx, ModelExt, Sampling, Tokenizer, Tuner, begin_prefix_at,
+    Ctx, LoraConfig, ModelExt, Residual, Sampling, Tokenizer, Tuner, begin_at_residual,
+    begin_prefix_at,
     core::Param,
     data::{
         Columns, Dataset, Format, Message, Options, Pass, TaskDataset, TaskOptions, detect_task,
         pieces, prepare, prepare_task, split,
     },
-    models::{HeadOptions, Network, Problem, Source, Task, parameters},
+    models::{HeadOptions, Network, Problem, Source, Task, parameters, save},
     quant::Format as BaseFormat,
     torch::memory,
     train::{Checkpoint, Data, Ending, Part, Rows, Run, RunInfo, Status, Summary, Tuned, loss},
@@ -215,6 +216,9 @@ const NAME: &str = "default";
 /// The key of `run.json` for the number of parameters that were trained.
 pub(crate) const TRAINABLE: &str = "trainable_parameters";
 
+/// The folder of a run with a base of its own: one that LoftQ or QPiSSA changed.
+const BASE: &str = "base";
+
 /// Tokens after which a row is cut where nothing is said.
 const USUAL_LENGTH: usize = 1024;
 
@@ -222,8 +226,17 @@ const USUAL_LENGTH: usize = 1024;
 pub(crate) fn run(args: Args) -> Result<()> {
     let mut plan = args.plan()?;
     plan.settings.check().map_err(usage)?;
+    let own_base = args.resume.as_ref().map(|it| it.join(BASE));
+    let own_base = own_base.filter(|it| it.is_dir());
+    let model = match &own_base {
+        Some(dir) => {
+            plan.recipe.quantization = None; // it is in few bits already
+            dir.to_string_lossy().into_owned()
+        }
+        None => plan.recipe.model.clone(),
+    };
     let sources = BaseArgs {
-        model: Some(plan.recipe.model.clone()),
+        model: Some(model),
         adapter: Vec::new(),
     }
     .find()?;
@@ -251,6 +264,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let all = parameters(&mut *model);
     tch::manual_seed(plan.settings.seed as i64); // the values that the adapter begins with
     let (mut thawed, mut tuner) = (Vec::new(), tuner);
+    let mut new_base = false;
     match &tuner {
         Some(it) => {
             model.inject(NAME, &**it).map_err(of_settings)?;
@@ -263,6 +277,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
                 tch::manual_seed(plan.settings.seed as i64);
                 model.inject(NAME, &*again).map_err(of_settings)?;
                 tuner = Some(again);
+            }
+            if let (Some(how), None) = (plan.residual()?, &own_base) {
+                new_base = begin_at(how, &sources, task, &mut *model, tuner.as_deref())?;
             }
             if let Some(ids) = plan.prefix_text(&tokenizer)? {
                 begin_prefix_at(&mut *model, NAME, &ids)
@@ -306,11 +323,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
             None
         }
     };
+    if new_base {
+        save(&mut *model, &run.dir().join(BASE), &[])?;
+    }
     let trained = model.trainable(NAME).into_iter().chain(thawed.clone());
     let trainable: i64 = trained.map(|it| it.tensor.numel() as i64).sum();
     let mut more = more(task, &sources.head);
     more.insert(TRAINABLE.into(), trainable.into());
-    if let Some(wish) = plan.quantization() {
+    if let (Some(wish), false) = (plan.quantization(), new_base) {
         more.insert(QUANTIZATION.into(), serde_json::to_value(wish)?);
     }
     begin(
@@ -381,6 +401,25 @@ pub(crate) fn run(args: Args) -> Result<()> {
     rows.judged(&run, &*model, &data, &plan)?;
     next(&run, &plan, task);
     Ok(())
+}
+
+/// Lets LoRA begin with what quantisation took away; says whether the base is another one now.
+fn begin_at(
+    how: Residual,
+    sources: &Sources,
+    task: Task,
+    model: &mut dyn Network,
+    tuner: Option<&dyn Tuner>,
+) -> Result<bool> {
+    let tuner = tuner.context("the method has gone")?;
+    let lora: LoraConfig = serde_json::from_value(tuner.to_json())?;
+    let dense = Sources {
+        format: BaseFormat::as_stored(),
+        head: sources.head.clone(),
+        ..sources.base_alone()
+    };
+    let mut dense = dense.load_stored(task, None)?;
+    begin_at_residual(model, NAME, &lora, &mut *dense, how).map_err(of_settings)
 }
 
 /// Modules of a head that the checkpoint lacks, and that the adapter neither trains nor saves.
@@ -1293,13 +1332,18 @@ fn begin(
         let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         peft::core::files::write_text(&run.dir().join("generation_config.json"), &text)?;
     }
+    let own = run.dir().join(BASE);
+    let base = match own.is_dir() {
+        true => std::path::absolute(&own)?.to_string_lossy().into_owned(),
+        false => plan.recipe.model.clone(),
+    };
     let versions = BTreeMap::from([
         ("peft".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ("libtorch".to_owned(), "2.11.0".to_owned()),
     ]);
     Ok(run.set_info(&RunInfo {
         status: Status::Running,
-        base_model: plan.recipe.model.clone(),
+        base_model: base,
         dtype: kind_name(place.kind).to_owned(),
         method: tuner.map_or(FULL, Tuner::peft_type).to_owned(),
         versions,

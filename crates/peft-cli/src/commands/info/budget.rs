@@ -6,7 +6,7 @@
 //! activations = layers · T·h  +  one block  +  the head       T = batch · seq, with blocks computed again
 //! ```
 //!
-//! A block keeps its normed inputs, queries, keys, values, their attention, and the three vectors of its MLP; the backward pass
+//! A block keeps its normed inputs, queries, keys, values, scores, their attention, and the three vectors of its MLP; the backward pass
 //! needs about as much of the widest of them again.
 
 use std::path::Path;
@@ -19,7 +19,10 @@ use peft::{
 };
 use tch::Kind;
 
-use crate::{quantization::{Bits, Quantization}, terminal::bytes};
+use crate::{
+    quantization::{Bits, Quantization},
+    terminal::bytes,
+};
 
 /// For which step.
 #[derive(Debug)]
@@ -61,8 +64,12 @@ pub(crate) struct Budget {
     pub(crate) program: u64,
 }
 
-/// Resident memory of the program before it has loaded anything, as measured on Linux with libtorch 2.11.
-const PROGRAM: u64 = 120 << 20;
+/// Resident memory of the program itself, as measured on Linux with libtorch 2.11: 120 MiB before it has loaded anything,
+/// and 90 more for what of libtorch a training step calls.
+const PROGRAM: u64 = 210 << 20;
+
+/// Scores of attention that are kept between the passes, see `peft_torch::attention`; of longer rows they are not.
+const SCORES: u64 = 32 << 20;
 
 /// Scores of so many positions are held at a time, see `head_loss`.
 const CHUNK: u64 = 256;
@@ -100,11 +107,15 @@ impl Budget {
         let tied = outline.spec.tied && outline.spec.output_embedding.as_deref() == Some(&site.at);
         match &step.quantization {
             _ if site.kind == SiteKind::Prompt || tied => {}
-            Some(wish) if site.kind == SiteKind::Linear && !wish.format()?.keeps_dense(&site.at) => {
+            Some(wish)
+                if site.kind == SiteKind::Linear && !wish.format()?.keeps_dense(&site.at) =>
+            {
                 let blocks = n.div_ceil(wish.block_size as u64);
                 let (weights, scales) = match wish.bits {
                     Bits::Int8 => (n, 4 * site.shape[0].unsigned_abs()),
-                    _ if wish.double_quant => (n.div_ceil(2), blocks + 4 * blocks.div_ceil(256) + 1024),
+                    _ if wish.double_quant => {
+                        (n.div_ceil(2), blocks + 4 * blocks.div_ceil(256) + 1024)
+                    }
                     _ => (n.div_ceil(2), 4 * blocks),
                 };
                 self.weights += weights;
@@ -161,23 +172,29 @@ fn activations(model: &dyn Network, outline: &Outline, step: &Step) -> u64 {
         wide(spec.kv_heads * spec.head_dim),
     );
     let is_head = |at: &str| spec.output_embedding.as_deref() == Some(at);
-    let linear = outline.sites.iter().filter(|it| it.kind == SiteKind::Linear);
+    let linear = outline
+        .sites
+        .iter()
+        .filter(|it| it.kind == SiteKind::Linear);
     let inner = linear
         .filter(|it| !is_head(&it.at))
         .filter_map(|it| it.shape.first())
         .max();
     let inner = inner.map_or(hidden, |&n| wide(n));
     let between = size(step.rest);
-    let kept = tokens * between * (3 * hidden + 2 * q + 2 * kv + 3 * inner);
+    let scores = tokens * step.seq * wide(spec.heads) * 4;
+    let scores = if scores <= SCORES { scores } else { 0 };
+    let kept = tokens * between * (3 * hidden + 2 * q + 2 * kv + 3 * inner) + scores;
     // Gradients of the widest vectors, and copies in the format of products where that is another.
     let copies = if step.rest == step.compute { 0 } else { 1 };
-    let passing = tokens * (between * (2 * hidden + 3 * inner) + copies * size(step.compute) * inner);
+    let passing =
+        tokens * (between * (2 * hidden + 3 * inner) + copies * size(step.compute) * inner);
     let blocks = match step.checkpoint {
         true => layers * tokens * hidden * between + kept,
         false => layers * kept,
     };
-    let scores = CHUNK.min(tokens) * wide(model.vocab()) * between * 2;
-    blocks + passing.max(scores)
+    let of_vocabulary = CHUNK.min(tokens) * wide(model.vocab()) * between * 2;
+    blocks + passing.max(of_vocabulary)
 }
 
 #[cfg(test)]
@@ -203,7 +220,10 @@ mod tests {
             quantization: Some(Quantization::default()),
             checkpoint: true,
         };
-        let lora = LoraConfig { r: 16, ..LoraConfig::on(["q_proj"]) };
+        let lora = LoraConfig {
+            r: 16,
+            ..LoraConfig::on(["q_proj"])
+        };
         let budget = Budget::of(&config, Task::CausalLm, &lora, &step).unwrap();
         let linear = 32u64 * (4 * 4096 * 4096 + 3 * 4096 * 11008);
         assert_eq!(budget.weights, linear / 2);
@@ -212,6 +232,9 @@ mod tests {
         let norms = (2 * 32 + 1) * 4096;
         assert_eq!(budget.rest, 2 * (2 * 32000 * 4096 + norms));
         assert_eq!(budget.optimiser, 2 * budget.adapter);
-        assert_eq!(budget.total(), budget.parts().iter().map(|it| it.1).sum::<u64>());
+        assert_eq!(
+            budget.total(),
+            budget.parts().iter().map(|it| it.1).sum::<u64>()
+        );
     }
 }

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use peft::{
-    PromptConfig, Settings, Tokenizer, Tuner,
+    PromptConfig, Residual, Settings, Tokenizer, Tuner,
     core::{nearest, parse},
     data::Holdout,
 };
@@ -29,7 +29,7 @@ use serde_json::{Map, Value};
 use crate::{
     error::usage,
     methods::{METHODS, Method, PREFIX_INIT_TEXT, PYTHONS_RATE, QLORA, TRAIN_MODULES},
-    quantization::{Quantization, Wish},
+    quantization::{Bits, Quantization, Wish},
 };
 
 /// The decisions about a run, but for the loop's.
@@ -243,6 +243,39 @@ impl Plan {
         Ok(())
     }
 
+    /// How factors begin that make up for what quantisation takes away: `init_lora_weights: loftq`, with `loftq_config`
+    /// for the rounds, or `pissa` where the base is quantised here.
+    pub(crate) fn residual(&self) -> Result<Option<Residual>> {
+        let option = |key: &str| self.recipe.options.get(key).filter(|it| !it.is_null());
+        let init = option("init_lora_weights").and_then(Value::as_str);
+        let four = self.quantization().filter(|it| it.bits != Bits::Int8);
+        match init {
+            Some("loftq") if four.is_none() => Err(usage(
+                "`init_lora_weights: loftq` makes up for what quantising to 4 bits takes away: it needs a dense base and `quantization: nf4` or `fp4`",
+            )),
+            Some("loftq") => {
+                let config = option("loftq_config").cloned().unwrap_or_default();
+                let number = |key: &str, usual: u64| {
+                    match config.get(key) {
+                    None | Some(Value::Null) => Ok(usual),
+                    Some(value) => value.as_u64().filter(|it| (1..=100).contains(it)).ok_or_else(|| {
+                        usage(format!("setting `loftq_config.{key}`: {value}, expected a number from 1 to 100"))
+                    }),
+                }
+                };
+                if number("loftq_bits", 4)? != 4 {
+                    return Err(usage(
+                        "setting `loftq_config.loftq_bits`: the base is kept in 4",
+                    ));
+                }
+                let rounds = number("loftq_iter", 1)? as usize;
+                Ok(Some(Residual::Loftq { rounds }))
+            }
+            Some("pissa") if four.is_some() => Ok(Some(Residual::Pissa)),
+            _ => Ok(None),
+        }
+    }
+
     /// In which bits the layers of a dense base are kept; `None`: as they are stored.
     pub(crate) fn quantization(&self) -> Option<Quantization> {
         self.recipe.quantization.as_ref()?.quantization()
@@ -378,6 +411,11 @@ impl Plan {
             self.recipe.model.as_str().into(),
         );
         json.shift_remove(PREFIX_INIT_TEXT);
+        if self.residual()?.is_some() {
+            // The factors are set when both the dense and the quantised weights are there.
+            json.insert("init_lora_weights".into(), true.into());
+            json.shift_remove("loftq_config");
+        }
         if json.get("label_words").is_some_and(|it| !it.is_null()) {
             return self.begin_at_labels(json, tokenizer).map(Some);
         }
