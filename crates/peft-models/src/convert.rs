@@ -54,12 +54,15 @@ pub fn convert(
             seen: BTreeSet::new(),
             shards: Vec::new(),
             config: None,
+            dense: Vec::new(),
             total: 0,
             done: Converted { layers: 0, left: 0 },
         };
-        assemble::network(&keys, &mut sink, task, &HeadOptions::default())?;
+        let built = assemble::network(&keys, &mut sink, task, &HeadOptions::default())?;
+        let spec = built.network().spec();
         sink.flush()?;
         let (config, done) = (sink.config.take(), sink.done);
+        let dense = std::mem::take(&mut sink.dense);
         sink.finish()?;
         weights.finish(assemble::aside(task))?;
         for path in besides {
@@ -68,7 +71,7 @@ pub fn convert(
         }
         let mut json = keys.json.clone();
         if let Some(map) = json.as_object_mut() {
-            save::describe(map, config);
+            save::describe(map, config, &dense, &spec);
         }
         files::write_json(&dir.join("config.json"), &json)?;
         Ok(done)
@@ -86,6 +89,8 @@ struct Sink<'a> {
     /// The names of the tensors of each file that is written.
     shards: Vec<Vec<String>>,
     config: Option<Value>,
+    /// Linear layers that were left as they are.
+    dense: Vec<String>,
     /// Bytes that were put.
     total: u64,
     done: Converted,
@@ -154,6 +159,7 @@ impl Sink<'_> {
             }
             None => {
                 self.done.left += 1;
+                self.dense.push(at.to_owned());
                 let weight = base.weight();
                 let weight = if transposed { weight.tr() } else { weight };
                 self.put(vec![(format!("{at}.weight"), weight)])?;

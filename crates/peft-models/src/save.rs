@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use peft_core::{Error, Result, Slot, files, tensors::dtype};
+use peft_core::{Error, Result, Slot, Spec, files, tensors::dtype};
 use peft_torch::memory::with_bytes;
 use serde_json::{Map, Value, json};
 use tch::Tensor;
@@ -76,7 +76,9 @@ fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) ->
         tensors,
         tied,
         quantised,
+        dense,
     } = state(model);
+    let spec = model.spec();
     for path in besides {
         let to = dir.join(path.file_name().unwrap_or_default());
         fs::copy(path, &to).map_err(Error::io(path))?;
@@ -91,18 +93,35 @@ fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) ->
     if let Some(map) = config.as_object_mut() {
         map.remove("torch_dtype");
         map.insert("dtype".into(), json!(kind));
-        describe(map, quantised);
+        describe(map, quantised, &dense, &spec);
     }
     files::write_json(&dir.join("config.json"), &config)?;
     write_shards(&tensors, dir, limit)
 }
 
-/// Says in `config.json` in which bits layers are kept, or that none is.
-pub(crate) fn describe(config: &mut Map<String, Value>, quantised: Option<Value>) {
+/// The key of `quantization_config` for the layers that are dense.
+const SKIPPED: &str = "llm_int8_skip_modules";
+
+/// Says in `config.json` in which bits layers are kept, or that none is; `dense`: the linear layers that are not.
+///
+/// Python makes every layer one of few bits that this does not name, but for the head, if nothing is named at all.
+pub(crate) fn describe(
+    config: &mut Map<String, Value>,
+    quantised: Option<Value>,
+    dense: &[String],
+    spec: &Spec,
+) {
     let key = "quantization_config";
     // What is known of the folder that it came from goes on, such as what was left dense.
     let old = config.remove(key);
     if let Some(mut new) = quantised {
+        let is_head = |at: &str| {
+            let place = |head: &Option<String>| head.as_deref() == Some(at);
+            place(&spec.output_embedding) || place(&spec.task_head)
+        };
+        if !dense.iter().all(|at| is_head(at)) {
+            new[SKIPPED] = dense.into();
+        }
         let old = old.as_ref().and_then(Value::as_object);
         let same = old.filter(|it| it.get("load_in_4bit") == new.get("load_in_4bit"));
         for (key, value) in same.into_iter().flatten() {
@@ -120,11 +139,13 @@ struct State {
     tied: bool,
     /// In which bits layers are kept, if some are not dense.
     quantised: Option<Value>,
+    /// The linear layers that are.
+    dense: Vec<String>,
 }
 
 fn state(model: &mut dyn Network) -> State {
     let spec = model.spec();
-    let mut all = Vec::new();
+    let (mut all, mut dense) = (Vec::new(), Vec::new());
     let (mut table, mut tied, mut quantised) = (None, false, None);
     model.slots(&mut |at, slot| match slot {
         Slot::Embedding(it) => {
@@ -139,6 +160,7 @@ fn state(model: &mut dyn Network) -> State {
                 quantised = Some(stored.config);
                 return;
             }
+            dense.push(at.to_owned());
             let weight = it.base().weight();
             let head = spec.output_embedding.as_deref() == Some(at);
             let bias = it.base().bias().map(Tensor::shallow_clone);
@@ -188,6 +210,7 @@ fn state(model: &mut dyn Network) -> State {
         tensors: all,
         tied,
         quantised,
+        dense,
     }
 }
 

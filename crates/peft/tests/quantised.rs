@@ -257,6 +257,13 @@ fn our_encoder_writes_pythons_folders() {
             assert!(found == expected, "{} {key}: other bytes", case.name);
         }
         assert_eq!(got.len(), expected.len(), "{}", case.name);
+        // Python must leave dense what is: it goes by names, and all are named where not just the head is left.
+        let config = files::read_json(&out.join("config.json")).unwrap();
+        let named = &config["quantization_config"]["llm_int8_skip_modules"];
+        match asked["llm_int8_skip_modules"].is_array() {
+            true => assert_eq!(named, &case.meta["left"], "{}", case.name),
+            false => assert!(named.is_null(), "{}", case.name),
+        }
         seen += 1;
     }
     assert!(seen > 5, "{seen}");
