@@ -22,7 +22,7 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
-    /// And AVX-512 BF16.
+    /// And BF16, VBMI and VBMI2.
     Avx512Bf16,
 }
 
@@ -42,7 +42,7 @@ impl Level {
                 all.push(Level::Avx2);
                 if has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl") {
                     all.push(Level::Avx512);
-                    if has!("avx512bf16") {
+                    if has!("avx512bf16") && has!("avx512vbmi") && has!("avx512vbmi2") {
                         all.push(Level::Avx512Bf16);
                     }
                 }

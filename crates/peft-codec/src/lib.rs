@@ -28,6 +28,7 @@
 //! # Ok::<(), peft_codec::Error>(())
 //! ```
 
+mod adamw8;
 mod element;
 mod error;
 mod four;
@@ -40,6 +41,7 @@ mod state;
 mod table;
 mod view;
 
+pub use adamw8::{AdamW8, STATE_BLOCK};
 pub use element::Element;
 pub use error::{Error, Result};
 pub use four::{Level, Packed, dequantise, dequantise_at, quantise, quantise_at, quantise_piece};

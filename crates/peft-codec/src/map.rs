@@ -74,7 +74,7 @@ impl Map {
     }
 
     /// The nearest value's index; between two, the even one (as the search of the CUDA kernels ends).
-    fn nearest(&self, v: f32) -> u8 {
+    pub(crate) fn nearest(&self, v: f32) -> u8 {
         if v.is_nan() {
             return 0; // every comparison fails
         }
@@ -97,9 +97,15 @@ impl Map {
     }
 
     /// For each of 65,536 bins of [-1, 1] the code of its middle, as the CPU path of `bitsandbytes` looks it up.
-    fn bins(&self) -> Vec<u8> {
+    pub(crate) fn bins(&self) -> Vec<u8> {
         let middles = (0u16..=65535).map(|i| -1.0 + 2.0 * f32::from(i) / 65535.0);
         middles.map(|it| self.nearest(it)).collect()
+    }
+
+    /// The code of the bin that a number falls into.
+    pub(crate) fn binned(bins: &[u8], v: f32) -> u8 {
+        let v = v.clamp(-1.0, 1.0);
+        bins[((v + 1.0) * 0.5 * 65535.0 + 0.5) as usize & 0xffff]
     }
 }
 
@@ -131,10 +137,7 @@ pub fn quantise_blockwise(values: &[f32], map: &Map, block: usize, compat: Compa
                 *code = match compat {
                     Compat::Cuda => map.nearest(x * scale),
                     Compat::Cpu if *absmax == 0.0 => 0,
-                    Compat::Cpu => {
-                        let v = (x * scale).clamp(-1.0, 1.0);
-                        bins[((v + 1.0) * 0.5 * 65535.0 + 0.5) as usize & 0xffff]
-                    }
+                    Compat::Cpu => Map::binned(&bins, x * scale),
                 };
             }
         });

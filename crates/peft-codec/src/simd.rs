@@ -11,7 +11,7 @@ use half::{bf16, f16};
 use crate::{
     element::{Element, private::Format},
     four::Level,
-    table::Decision,
+    table::{Bins, Decision},
 };
 
 /// Scales below this, or not finite, are left to the scalar form: their reciprocals are no ordinary numbers.
@@ -41,6 +41,11 @@ pub(crate) fn encode<T: Element>(
     // SAFETY: `Level` says that the processor has the instructions.
     unsafe {
         match (level, T::FORMAT) {
+            (Level::Avx512Bf16, _)
+                if values.len().is_multiple_of(64) && decision.bins.is_some() =>
+            {
+                encode_bins(decision, values, bytes)
+            }
             (Level::Avx512 | Level::Avx512Bf16, Format::Single) => {
                 encode_512(decision, same(values), bytes, |p: *const f32| {
                     _mm512_loadu_ps(p)
@@ -70,6 +75,82 @@ pub(crate) fn encode<T: Element>(
         }
     }
 }
+
+/// Encodes 64 numbers at a time, by [`Bins`](crate::table::Bins): the bin and whether the threshold is exceeded make an index
+/// of six bits for a lookup of bytes.
+///
+/// # Safety
+/// AVX-512 F, BW, DQ, VL, VBMI, VBMI2; whole 64s.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
+unsafe fn encode_bins<T: Element>(
+    decision: &Decision,
+    values: &[T],
+    bytes: &mut [u8],
+) -> Option<f32> {
+    let bins = decision.bins.as_ref()?;
+    // As integers, what is no number is more than infinity.
+    let magnitude = _mm512_set1_epi32(i32::MAX);
+    let mut most = [_mm512_setzero_si512(); 2];
+    for part in values.chunks_exact(32) {
+        for (i, most) in most.iter_mut().enumerate() {
+            // SAFETY: 32 numbers.
+            let x = unsafe { load_512(part.as_ptr().add(16 * i)) };
+            let x = _mm512_and_si512(_mm512_castps_si512(x), magnitude);
+            *most = _mm512_max_epu32(*most, x);
+        }
+    }
+    let absmax = f32::from_bits(_mm512_reduce_max_epu32(_mm512_max_epu32(most[0], most[1])));
+    if !(LEAST..f32::INFINITY).contains(&absmax) {
+        return None;
+    }
+    let scale = _mm512_set1_ps(1.0 / absmax);
+    let (by, shift) = (_mm512_set1_ps(Bins::SCALE), _mm512_set1_ps(Bins::SHIFT));
+    let lower = _mm512_set1_epi32(0xff_ffff);
+    // SAFETY: 32 numbers, and 64 bytes twice.
+    let (below, above, codes, pairs) = unsafe {
+        (
+            _mm512_loadu_ps(bins.thresholds.as_ptr()),
+            _mm512_loadu_ps(bins.thresholds.as_ptr().add(16)),
+            _mm512_loadu_si512(bins.codes.as_ptr().cast()),
+            _mm512_loadu_si512(PAIRS.as_ptr().cast()),
+        )
+    };
+    for (part, bytes) in values.chunks_exact(64).zip(bytes.chunks_exact_mut(32)) {
+        let index = |i: usize| {
+            // SAFETY: 64 numbers.
+            let v = _mm512_mul_ps(unsafe { load_512(part.as_ptr().add(16 * i)) }, scale);
+            let bin = _mm512_castps_si512(_mm512_fmadd_ps(v, by, shift));
+            let under = _mm512_sub_ps(_mm512_permutex2var_ps(below, bin, above), v);
+            // The sign of that becomes the last bit; bits 8 to 23 are zero.
+            _mm512_shldi_epi32::<1>(bin, _mm512_castps_si512(under))
+        };
+        let (second, third) = (
+            _mm512_slli_epi32::<8>(index(1)),
+            _mm512_slli_epi32::<16>(index(2)),
+        );
+        let all = _mm512_ternarylogic_epi32::<0xfe>(index(0), second, third); // or
+        let fourth = _mm512_slli_epi32::<24>(index(3));
+        let all = _mm512_ternarylogic_epi32::<0xf8>(fourth, all, lower); // fourth | all & lower
+        let all = _mm512_permutexvar_epi8(pairs, _mm512_permutexvar_epi8(all, codes));
+        let first = _mm256_slli_epi16::<4>(_mm512_castsi512_si256(all));
+        let second = _mm512_extracti64x4_epi64::<1>(all);
+        // SAFETY: 32 bytes.
+        unsafe { _mm256_storeu_si256(bytes.as_mut_ptr().cast(), _mm256_or_si256(first, second)) };
+    }
+    Some(absmax)
+}
+
+/// Of 64 numbers, the (16 j + i)-th being byte 4 i + j, first the even ones, then the odd ones.
+const PAIRS: [u8; 64] = {
+    let mut from = [0; 64];
+    let mut at = 0;
+    while at < 64 {
+        let number = 2 * (at % 32) + at / 32;
+        from[at] = (4 * (number % 16) + number / 16) as u8;
+        at += 1;
+    }
+    from
+};
 
 /// # Safety
 /// AVX-512 F, BW, DQ, VL; `load` reads 16 numbers.
@@ -361,6 +442,60 @@ unsafe fn store<const PAST: bool>(to: *mut __m512i, value: __m512i) {
     }
 }
 
+/// To bf16: to the nearest, ties to even, what is no number stays none. The instruction for it would flush the smallest numbers.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn brain(x: __m512) -> __m256i {
+    let bits = _mm512_castps_si512(x);
+    let upper = _mm512_srli_epi32::<16>(bits);
+    let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+    let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
+    let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
+    let none = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+    let quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
+    _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, none, quiet))
+}
+
+/// 16 numbers as fp32.
+///
+/// # Safety
+/// AVX-512 F, BW, DQ, VL; the numbers are there.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) unsafe fn load_512<T: Element>(from: *const T) -> __m512 {
+    // SAFETY: the caller's.
+    unsafe {
+        match T::FORMAT {
+            Format::Single => _mm512_loadu_ps(from.cast()),
+            Format::Brain => {
+                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+            }
+            Format::Half => _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())),
+        }
+    }
+}
+
+/// 16 numbers from fp32, rounded.
+///
+/// # Safety
+/// AVX-512 F, BW, DQ, VL; there is room for them.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(crate) unsafe fn store_512<T: Element>(to: *mut T, value: __m512) {
+    // SAFETY: the caller's.
+    unsafe {
+        match T::FORMAT {
+            Format::Single => _mm512_storeu_ps(to.cast(), value),
+            Format::Brain => _mm256_storeu_si256(to.cast(), brain(value)),
+            Format::Half => {
+                const HOW: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+                _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<HOW>(value));
+            }
+        }
+    }
+}
+
 /// # Safety
 /// AVX-512 F, BW, DQ, VL; `bytes` and `out` hold `absmax.len()` blocks of `size`; see [`store`].
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
@@ -386,17 +521,7 @@ unsafe fn brains_512<const PAST: bool>(
     out: *mut u16,
     size: usize,
 ) {
-    // To the nearest, ties to even, what is no number stays none.
-    let round = |x| {
-        let bits = _mm512_castps_si512(x);
-        let upper = _mm512_srli_epi32::<16>(bits);
-        let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-        let half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
-        let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, half));
-        let none = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
-        let quiet = _mm512_or_si512(upper, _mm512_set1_epi32(0x40));
-        _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, none, quiet))
-    };
+    let round = |x| brain(x);
     // SAFETY: the caller's.
     unsafe { words_512::<PAST>(table, absmax, bytes, out, size, round) }
 }

@@ -86,6 +86,49 @@ pub(crate) struct Decision {
     pub(crate) nan: u8,
     /// Whose it is.
     pub(crate) compat: Compat,
+    /// The same for numbers from -1 to 1, if the thresholds are far enough apart.
+    pub(crate) bins: Option<Bins>,
+}
+
+/// 31 bins of [-1, 1] with at most one threshold in each: a lookup and a comparison decide.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bins {
+    /// Of each bin; where there is none, one that nothing exceeds.
+    pub(crate) thresholds: [f32; 32],
+    /// Of each bin, the code up to its threshold and that beyond.
+    pub(crate) codes: [u8; 64],
+}
+
+impl Bins {
+    /// Half of the bins, so that the rounded product is from -15 to 15.
+    pub(crate) const SCALE: f32 = 15.4;
+    /// Moves the rounded product, and 16, to the last bits of a number.
+    pub(crate) const SHIFT: f32 = 8_388_624.0; // 2^23 + 16
+
+    /// A number's bin. It rises with the number.
+    fn bin(v: f32) -> usize {
+        (v.mul_add(Bins::SCALE, Bins::SHIFT).to_bits() & 31) as usize
+    }
+
+    fn of(thresholds: &[f32; 15], order: &[u8; 16]) -> Option<Bins> {
+        let bins = thresholds.map(Bins::bin);
+        if bins.is_sorted_by(|a, b| a < b) {
+            let mut it = Bins {
+                thresholds: [f32::INFINITY; 32],
+                codes: [0; 64],
+            };
+            for bin in 0..32 {
+                let below = bins.iter().filter(|of| **of < bin).count();
+                it.codes[2 * bin] = order[below];
+                it.codes[2 * bin + 1] = order[(below + 1).min(15)];
+            }
+            bins.iter()
+                .zip(thresholds)
+                .for_each(|(bin, t)| it.thresholds[*bin] = *t);
+            return Some(it);
+        }
+        None
+    }
 }
 
 impl Decision {
@@ -106,6 +149,7 @@ impl Decision {
             order,
             nan,
             compat,
+            bins: Bins::of(&thresholds, &order),
         }
     }
 
@@ -264,6 +308,7 @@ pub(crate) mod tests {
         assert_eq!([cpu.code(1e-9), cpu.code(-1e-9), cpu.code(0.0)], [8, 0, 0]);
         assert_eq!([cuda.code(f32::NAN), cpu.code(f32::NAN)], [0, 3]);
         let nf4 = Decision::of(Type::Nf4, Compat::Cuda);
+        assert!(nf4.bins.is_some() && cuda.bins.is_none() && cpu.bins.is_none());
         for i in 0..15u8 {
             let t = NF4_THRESHOLDS[usize::from(i)];
             assert_eq!([nf4.code(t), nf4.code(t.next_up())], [i, i + 1]);

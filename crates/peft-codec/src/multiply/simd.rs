@@ -15,15 +15,26 @@ pub(super) const W: usize = 2;
 /// Most rows of `x`: 1, 2, 4 or 8 of them.
 pub(super) const X: usize = 8;
 
+/// Whether products of pairs in bf16 are faster than those in fp32: where they take as long as one of these.
+pub(super) fn pairs_pay() -> bool {
+    let vendor = __cpuid(0);
+    [vendor.ebx, vendor.edx, vendor.ecx] == [0x6874_7541, 0x6974_6e65, 0x444d_4163] // AuthenticAMD
+}
+
 /// What is multiplied.
 pub(super) struct Tile<'a, L> {
-    /// Codes of one or two rows of `inp`, whole blocks.
+    /// Of the matrix: one or two.
+    pub(super) rows: usize,
+    /// Codes of these rows of `inp`, whole blocks, and perhaps of more.
     pub(super) bytes: &'a [u8],
-    /// Of each block, and [`BEYOND`] more.
-    pub(super) scales: &'a [f32],
+    /// Of each block from `from` on, and [`BEYOND`] more, for each row.
+    pub(super) scales: [&'a [f32]; W],
     pub(super) table: &'a [f32; 16],
     pub(super) block: usize,
     pub(super) inp: usize,
+    /// Which numbers of a row: blocks, and chunks but for a row's end.
+    pub(super) from: usize,
+    pub(super) to: usize,
     /// Rows of as many chunks as `inp` begins.
     pub(super) x: &'a [L],
     pub(super) level: Level,
@@ -32,17 +43,20 @@ pub(super) struct Tile<'a, L> {
 impl<L> Tile<'_, L> {
     /// How many rows there are of both, all lengths being as they should.
     fn rows(&self, lines_a_chunk: usize) -> (usize, usize) {
-        let (inp, block) = (self.inp, self.block);
+        let (inp, block, from, to) = (self.inp, self.block, self.from, self.to);
         assert!(block.is_power_of_two() && block >= 32 && inp > 0 && inp.is_multiple_of(block));
-        let (w, x) = (
-            self.bytes.len() / (inp / 2),
-            self.x.len() / (inp.div_ceil(CHUNK) * lines_a_chunk),
-        );
+        assert!(from < to && to <= inp && from.is_multiple_of(block.max(CHUNK)));
+        assert!(to == inp || to.is_multiple_of(block.max(CHUNK)));
+        assert!(self.rows <= W && self.bytes.len() >= self.rows * (inp / 2));
+        let scales = self.scales[..self.rows].iter();
         assert!(
-            self.bytes.len() == w * (inp / 2) && self.scales.len() >= w * (inp / block) + BEYOND
+            scales
+                .map(|it| it.len())
+                .all(|n| n >= (to - from) / block + BEYOND)
         );
+        let x = self.x.len() / (inp.div_ceil(CHUNK) * lines_a_chunk);
         assert!(self.x.len() == x * inp.div_ceil(CHUNK) * lines_a_chunk);
-        (w, x)
+        (self.rows, x)
     }
 }
 
@@ -112,15 +126,15 @@ impl<L> Chunk<'_, L> {
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn load<const WHOLE: bool>(&self, row: usize) -> (__m512i, __m512) {
         let (inp, block) = (self.tile.inp, self.tile.block);
-        // SAFETY: a row has inp / 2 bytes and inp / block scales, the last one `BEYOND` more.
+        // SAFETY: a row has inp / 2 bytes, and `BEYOND` more scales than blocks.
         unsafe {
             let bytes = self.tile.bytes.as_ptr().add(row * (inp / 2) + self.at / 2);
             let codes = match WHOLE {
                 true => _mm512_loadu_si512(bytes.cast()),
                 false => _mm512_maskz_loadu_epi32(self.lanes(), bytes.cast()),
             };
-            let scales = self.tile.scales.as_ptr();
-            let four = _mm_loadu_ps(scales.add(row * (inp / block) + self.at / block));
+            let scales = self.tile.scales[row].as_ptr();
+            let four = _mm_loadu_ps(scales.add((self.at - self.tile.from) / block));
             let scales = _mm512_permutevar_ps(_mm512_broadcast_f32x4(four), self.over);
             (codes, scales)
         }
@@ -203,14 +217,14 @@ unsafe fn words_of<const ROWS: usize, const COUNT: usize>(
         over,
     };
     let mut all = [[_mm512_setzero_ps(); COUNT]; ROWS];
-    let rest = tile.inp % CHUNK;
-    for at in (0..tile.inp - rest).step_by(CHUNK) {
+    let rest = tile.to % CHUNK;
+    for at in (tile.from..tile.to - rest).step_by(CHUNK) {
         // SAFETY: the instructions are the caller's; a whole chunk is there.
         unsafe { words_chunk::<ROWS, COUNT, true>(&chunk(at), &mut all) };
     }
     if rest > 0 {
         // SAFETY: the instructions are the caller's.
-        unsafe { words_chunk::<ROWS, COUNT, false>(&chunk(tile.inp - rest), &mut all) };
+        unsafe { words_chunk::<ROWS, COUNT, false>(&chunk(tile.to - rest), &mut all) };
     }
     for (sums, all) in sums.iter_mut().zip(all) {
         sums.iter_mut()
@@ -219,53 +233,101 @@ unsafe fn words_of<const ROWS: usize, const COUNT: usize>(
     }
 }
 
-/// 32-bit lanes: eight lookups a chunk.
+/// 32-bit lanes: eight lookups a chunk. With `FAR`, three bytes more than the chunk's are there: what begins a byte later has
+/// the codes of a shift by eight.
 ///
 /// # Safety
 /// AVX-512 F, BW, DQ, VL; a tile of so many rows, and this chunk in it.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn floats_chunk<const ROWS: usize, const COUNT: usize, const WHOLE: bool>(
+unsafe fn floats_chunk<
+    const ROWS: usize,
+    const COUNT: usize,
+    const WHOLE: bool,
+    const FAR: bool,
+>(
     it: &Chunk<'_, Floats>,
     all: &mut [[__m512; COUNT]; ROWS],
 ) {
     let lines_a_row = it.tile.inp.div_ceil(CHUNK) * 8;
     let table = _mm512_castsi512_ps(it.table);
+    let mut codes = [[_mm512_setzero_si512(); 4]; ROWS];
+    let mut scales = [_mm512_setzero_ps(); ROWS];
     for row in 0..ROWS {
-        // SAFETY: the caller's.
-        let (codes, scale) = unsafe { it.load::<WHOLE>(row) };
-        let looked = [
-            _mm512_permutexvar_ps(codes, table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32::<8>(codes), table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32::<12>(codes), table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32::<16>(codes), table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32::<20>(codes), table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32::<24>(codes), table),
-            _mm512_permutexvar_ps(_mm512_srli_epi32::<28>(codes), table),
-        ];
+        // SAFETY: the caller's; `FAR` says that the bytes are there.
+        unsafe {
+            let (first, scale) = it.load::<WHOLE>(row);
+            let bytes = it
+                .tile
+                .bytes
+                .as_ptr()
+                .add(row * (it.tile.inp / 2) + it.at / 2);
+            codes[row] = match FAR {
+                true => [
+                    first,
+                    _mm512_loadu_si512(bytes.add(1).cast()),
+                    _mm512_loadu_si512(bytes.add(2).cast()),
+                    _mm512_loadu_si512(bytes.add(3).cast()),
+                ],
+                false => [
+                    first,
+                    _mm512_srli_epi32::<8>(first),
+                    _mm512_srli_epi32::<16>(first),
+                    _mm512_srli_epi32::<24>(first),
+                ],
+            };
+            scales[row] = match WHOLE {
+                true => scale,
+                false => _mm512_maskz_mov_ps(it.lanes(), scale),
+            };
+        }
+    }
+    // Many rows of `x`: the scaled values are what they share. Few: the sums are scaled.
+    let many = COUNT >= 4;
+    let mut of = [[_mm512_setzero_ps(); COUNT]; ROWS];
+    for j in 0..8 {
+        let mut looked = [_mm512_setzero_ps(); ROWS];
+        for row in 0..ROWS {
+            let codes = codes[row][j / 2];
+            looked[row] = match j % 2 {
+                0 => _mm512_permutexvar_ps(codes, table),
+                _ => _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), table),
+            };
+            if many {
+                looked[row] = _mm512_mul_ps(looked[row], scales[row]);
+            }
+        }
         for r in 0..COUNT {
-            let mut of = [_mm512_setzero_ps(); 2];
-            for (j, looked) in looked.iter().enumerate() {
-                // SAFETY: each row of `x` has eight lines for each chunk.
-                let x = unsafe {
-                    let line = it
-                        .tile
-                        .x
-                        .as_ptr()
-                        .add(r * lines_a_row + it.at / CHUNK * 8 + j);
-                    _mm512_load_ps(line.cast())
-                };
-                of[j % 2] = match j {
-                    0 | 1 => _mm512_mul_ps(*looked, x),
-                    _ => _mm512_fmadd_ps(*looked, x, of[j % 2]),
+            // SAFETY: each row of `x` has eight lines for each chunk.
+            let x = unsafe {
+                let line = it
+                    .tile
+                    .x
+                    .as_ptr()
+                    .add(r * lines_a_row + it.at / CHUNK * 8 + j);
+                _mm512_load_ps(line.cast())
+            };
+            for row in 0..ROWS {
+                if many {
+                    all[row][r] = _mm512_fmadd_ps(looked[row], x, all[row][r]);
+                } else if j == 0 {
+                    of[row][r] = _mm512_mul_ps(looked[row], x);
+                } else {
+                    of[row][r] = _mm512_fmadd_ps(looked[row], x, of[row][r]);
+                }
+            }
+        }
+    }
+    if !many {
+        for row in 0..ROWS {
+            for r in 0..COUNT {
+                all[row][r] = match WHOLE {
+                    true => _mm512_fmadd_ps(of[row][r], scales[row], all[row][r]),
+                    false => {
+                        _mm512_mask3_fmadd_ps(of[row][r], scales[row], all[row][r], it.lanes())
+                    }
                 };
             }
-            let of = _mm512_add_ps(of[0], of[1]);
-            all[row][r] = match WHOLE {
-                true => _mm512_fmadd_ps(of, scale, all[row][r]),
-                false => _mm512_mask3_fmadd_ps(of, scale, all[row][r], it.lanes()),
-            };
         }
     }
 }
@@ -291,14 +353,21 @@ unsafe fn floats_512_of<const ROWS: usize, const COUNT: usize>(
         over,
     };
     let mut all = [[_mm512_setzero_ps(); COUNT]; ROWS];
-    let rest = tile.inp % CHUNK;
-    for at in (0..tile.inp - rest).step_by(CHUNK) {
-        // SAFETY: the instructions are the caller's; a whole chunk is there.
-        unsafe { floats_chunk::<ROWS, COUNT, true>(&chunk(at), &mut all) };
+    let rest = tile.to % CHUNK;
+    if tile.bytes.len() >= ROWS * (tile.inp / 2) + 3 {
+        for at in (tile.from..tile.to - rest).step_by(CHUNK) {
+            // SAFETY: the instructions are the caller's; a whole chunk is there, and three bytes more.
+            unsafe { floats_chunk::<ROWS, COUNT, true, true>(&chunk(at), &mut all) };
+        }
+    } else {
+        for at in (tile.from..tile.to - rest).step_by(CHUNK) {
+            // SAFETY: the instructions are the caller's; a whole chunk is there.
+            unsafe { floats_chunk::<ROWS, COUNT, true, false>(&chunk(at), &mut all) };
+        }
     }
     if rest > 0 {
         // SAFETY: the instructions are the caller's.
-        unsafe { floats_chunk::<ROWS, COUNT, false>(&chunk(tile.inp - rest), &mut all) };
+        unsafe { floats_chunk::<ROWS, COUNT, false, false>(&chunk(tile.to - rest), &mut all) };
     }
     for (sums, all) in sums.iter_mut().zip(all) {
         sums.iter_mut()
@@ -317,8 +386,7 @@ unsafe fn floats_256_of<const ROWS: usize, const COUNT: usize>(
     sums: &mut [[f32; X]; W],
 ) {
     let (inp, block) = (tile.inp, tile.block);
-    let (bytes_a_row, scales_a_row) = (inp / 2, inp / block);
-    let lines_a_row = inp.div_ceil(CHUNK) * 8;
+    let (bytes_a_row, lines_a_row) = (inp / 2, inp.div_ceil(CHUNK) * 8);
     // SAFETY: the loads stay within the tile; where a row ends with a quarter of a chunk, 16 bytes are read.
     unsafe {
         let (below, above) = (
@@ -327,21 +395,22 @@ unsafe fn floats_256_of<const ROWS: usize, const COUNT: usize>(
         );
         let (bytes, x) = (tile.bytes.as_ptr(), tile.x.as_ptr());
         for row in 0..ROWS {
-            let scales = &tile.scales[row * scales_a_row..];
+            let scales = tile.scales[row];
             let mut all = [_mm256_setzero_ps(); COUNT];
-            for at in (0..inp).step_by(CHUNK / 2) {
+            for at in (tile.from..tile.to).step_by(CHUNK / 2) {
+                let within = at - tile.from;
                 let from = bytes.add(row * bytes_a_row + at / 2);
-                let quarter = inp - at < CHUNK / 2;
+                let quarter = tile.to - at < CHUNK / 2;
                 let codes = match quarter {
                     false => _mm256_loadu_si256(from.cast()),
                     true => _mm256_zextsi128_si256(_mm_loadu_si128(from.cast())),
                 };
                 let scale = match quarter {
                     false => _mm256_set_m128(
-                        _mm_set1_ps(scales[(at + 32) / block]),
-                        _mm_set1_ps(scales[at / block]),
+                        _mm_set1_ps(scales[(within + 32) / block]),
+                        _mm_set1_ps(scales[within / block]),
                     ),
-                    true => _mm256_zextps128_ps256(_mm_set1_ps(scales[at / block])),
+                    true => _mm256_zextps128_ps256(_mm_set1_ps(scales[within / block])),
                 };
                 let mut looked = [_mm256_setzero_ps(); 8];
                 for (j, looked) in looked.iter_mut().enumerate() {

@@ -1,0 +1,144 @@
+//! A step of a block with AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::{Block, LEAST, NONE, Nearest, STATE_BLOCK, Step};
+use crate::{
+    element::Element,
+    four::Level,
+    map::Map,
+    simd::{load_512, store_512},
+};
+
+/// A step by the rules of the CUDA kernel, of a whole block.
+pub(super) fn step<P: Element, G: Element>(
+    level: Level,
+    step: &Step,
+    signed: &Nearest,
+    unsigned: &Nearest,
+    params: &mut [P],
+    grads: &[G],
+    block: Block<'_>,
+) {
+    assert!(level >= Level::Avx512);
+    assert!(params.len() == STATE_BLOCK && grads.len() == STATE_BLOCK);
+    assert!(block.codes1.len() == STATE_BLOCK && block.codes2.len() == STATE_BLOCK);
+    // SAFETY: `Level` says that the processor has the instructions; the lengths are checked.
+    unsafe { step_512(step, signed, unsigned, params, grads, block) }
+}
+
+/// # Safety
+/// AVX-512 F, BW, DQ, VL; all of a block.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn step_512<P: Element, G: Element>(
+    step: &Step,
+    signed: &Nearest,
+    unsigned: &Nearest,
+    params: &mut [P],
+    grads: &[G],
+    block: Block<'_>,
+) {
+    let maps = [Map::signed().values(), Map::unsigned().values()];
+    let (absmax1, absmax2) = (
+        _mm512_set1_ps(*block.absmax1),
+        _mm512_set1_ps(*block.absmax2),
+    );
+    let (beta1, beta2) = (_mm512_set1_ps(step.beta1), _mm512_set1_ps(step.beta2));
+    let (rest1, rest2) = (_mm512_set1_ps(step.rest1), _mm512_set1_ps(step.rest2));
+    let (grad_scale, eps) = (_mm512_set1_ps(step.grad_scale), _mm512_set1_ps(step.eps));
+    let (size, infinity) = (_mm512_set1_ps(step.size), _mm512_set1_ps(f32::INFINITY));
+    let (mut s1, mut s2) = ([_mm512_setzero_ps(); 16], [_mm512_setzero_ps(); 16]);
+    let (mut most1, mut most2) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+    for i in 0..STATE_BLOCK / 16 {
+        // SAFETY: there are 16 more of each; a byte is an index into 256 values.
+        unsafe {
+            let look = |codes: &[u8], map: &[f32; 256]| {
+                let codes = _mm_loadu_si128(codes.as_ptr().add(16 * i).cast());
+                _mm512_i32gather_ps::<4>(_mm512_cvtepu8_epi32(codes), map.as_ptr())
+            };
+            let m = _mm512_mul_ps(look(block.codes1, maps[0]), absmax1);
+            let v = _mm512_mul_ps(look(block.codes2, maps[1]), absmax2);
+            let g = load_512(grads.as_ptr().add(16 * i));
+            let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(g), infinity);
+            let g = _mm512_mul_ps(g, grad_scale);
+            let v = _mm512_fmadd_ps(v, beta2, _mm512_mul_ps(_mm512_mul_ps(rest2, g), g));
+            let m = _mm512_fmadd_ps(m, beta1, _mm512_mul_ps(rest1, g));
+            let p = load_512(params.as_ptr().add(16 * i));
+            let quotient = _mm512_div_ps(m, _mm512_add_ps(_mm512_sqrt_ps(v), eps));
+            let to = params.as_mut_ptr().add(16 * i);
+            let moved = _mm512_fmadd_ps(size, quotient, p);
+            store_512(to, _mm512_mask_mov_ps(p, finite, moved));
+            if let Some(decay) = step.decay {
+                let moved = load_512(to); // rounded
+                let kept = _mm512_mask_mul_ps(moved, finite, moved, _mm512_set1_ps(decay));
+                store_512(to, kept);
+            }
+            s1[i] = _mm512_maskz_mov_ps(finite, m);
+            s2[i] = _mm512_maskz_mov_ps(finite, v);
+            most1 = _mm512_max_ps(_mm512_abs_ps(s1[i]), most1); // of a number and of what is none it takes the number
+            most2 = _mm512_max_ps(_mm512_abs_ps(s2[i]), most2);
+        }
+    }
+    *block.absmax1 = _mm512_reduce_max_ps(most1);
+    *block.absmax2 = _mm512_reduce_max_ps(most2);
+    let scale1 = _mm512_set1_ps(1.0 / *block.absmax1);
+    let scale2 = _mm512_set1_ps(1.0 / *block.absmax2);
+    let (zero, one) = (_mm512_set1_epi32(127), _mm512_set1_epi32(1));
+    for i in 0..STATE_BLOCK / 16 {
+        let v = _mm512_mul_ps(s1[i], scale1);
+        let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(v, v);
+        let below = _mm512_movepi32_mask(_mm512_castps_si512(v));
+        // SAFETY: the instructions are the caller's.
+        let steps = unsafe { rank(signed, _mm512_castps_si512(_mm512_abs_ps(v))) };
+        let mut codes = _mm512_add_epi32(zero, steps);
+        codes = _mm512_mask_sub_epi32(codes, below, zero, _mm512_min_epi32(steps, zero));
+        codes = _mm512_maskz_mov_epi32(number, codes);
+        // The sign of the code, and that of the state.
+        let negative = _mm512_cmplt_epi32_mask(codes, zero);
+        let wrong = negative ^ _mm512_movepi32_mask(_mm512_castps_si512(s1[i]));
+        if wrong != 0 {
+            let up = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(s1[i], _mm512_setzero_ps());
+            codes = _mm512_mask_add_epi32(codes, wrong & up, codes, one);
+            codes = _mm512_mask_sub_epi32(codes, wrong & !up, codes, one);
+        }
+        // What is no number, or negative, is zero.
+        let v = _mm512_max_ps(_mm512_mul_ps(s2[i], scale2), _mm512_setzero_ps());
+        // SAFETY: the instructions are the caller's; there are 16 more codes of each.
+        unsafe {
+            let ranks = rank(unsigned, _mm512_castps_si512(v));
+            let at = 16 * i;
+            _mm_storeu_si128(
+                block.codes1.as_mut_ptr().add(at).cast(),
+                _mm512_cvtepi32_epi8(codes),
+            );
+            _mm_storeu_si128(
+                block.codes2.as_mut_ptr().add(at).cast(),
+                _mm512_cvtepi32_epi8(ranks),
+            );
+        }
+    }
+}
+
+/// As [`Nearest::rank`].
+///
+/// # Safety
+/// AVX-512 F, BW, DQ, VL.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn rank(nearest: &Nearest, bits: __m512i) -> __m512i {
+    let (least, one) = (
+        _mm512_set1_epi32(LEAST as i32),
+        _mm512_set1_epi32(1f32.to_bits() as i32),
+    );
+    let bits = _mm512_min_epu32(_mm512_max_epu32(bits, least), one);
+    let by = _mm_cvtsi32_si128(nearest.rest as i32);
+    let at = _mm512_srl_epi32(_mm512_sub_epi32(bits, least), by);
+    assert!(nearest.entries.len() > ((1f32.to_bits() - LEAST) >> nearest.rest) as usize);
+    // SAFETY: the bits are at most those of one.
+    let entries = unsafe { _mm512_i32gather_epi32::<4>(at, nearest.entries.as_ptr().cast()) };
+    let rest = _mm512_and_si512(bits, _mm512_set1_epi32((1 << nearest.rest) - 1));
+    let inside = _mm512_and_si512(entries, _mm512_set1_epi32(NONE as i32));
+    let above = _mm512_cmpgt_epi32_mask(rest, inside);
+    let below = _mm512_srli_epi32::<24>(entries);
+    _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1))
+}
