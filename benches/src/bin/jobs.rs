@@ -13,6 +13,7 @@ use peft_models::{
     Cache, Decoder, IGNORE, Input, MadeUp, OpenOptions, Task, build, causal_loss, save,
 };
 use peft_torch::{AdamW, Moments, drop_grad, linear, memory};
+use peft_train::{Optim, Optimizer, Settings};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -146,6 +147,13 @@ enum Job {
         model: PathBuf,
         #[arg(long)]
         out: PathBuf,
+    },
+    /// One step of AdamW with states in 8 bits
+    Adamw8bit {
+        #[arg(long, default_value_t = 1 << 24)]
+        size: usize,
+        #[arg(long, default_value_t = 20)]
+        repeats: usize,
     },
     /// Tokenises a file of conversations into a cold cache
     Tokenise {
@@ -292,6 +300,7 @@ fn main() -> Result<()> {
             prompt,
             repeats,
         } => generate(&*load(&model, dtype, bits)?, new, prompt, repeats),
+        Job::Adamw8bit { size, repeats } => adamw8bit(size, repeats)?,
         Job::Int4 { model, out } => int4(&model, &out)?,
         Job::Scale {
             model,
@@ -408,6 +417,34 @@ fn timed(repeats: usize, mut body: impl FnMut() -> peft_core::Result<()>) -> Res
     Ok(samples.split_off(2))
 }
 
+fn adamw8bit(size: usize, repeats: usize) -> Result<Value> {
+    let random = || Tensor::randn([size as i64], (Kind::Float, Device::Cpu));
+    let mut tensor = random().set_requires_grad(true);
+    (&tensor * random()).sum(Kind::Float).backward();
+    let params = [Param {
+        adapter: "default".into(),
+        at: "weight".into(),
+        name: "weight".into(),
+        norm: false,
+        tensor: tensor.shallow_clone(),
+    }];
+    let one = |optim| -> Result<Vec<f64>> {
+        let settings = Settings {
+            optim,
+            weight_decay: 0.01,
+            ..Settings::default()
+        };
+        let mut optimizer = Optimizer::new(&params, &settings)?;
+        timed(repeats, || {
+            optimizer.step(1e-4).expect("a step");
+            Ok(())
+        })
+    };
+    let (eight, whole) = (one(Optim::Adamw8bit)?, one(Optim::AdamwTorch)?);
+    let _ = tensor.zero_grad();
+    Ok(json!({"samples": eight, "fused_fp32": whole}))
+}
+
 fn int4(dir: &std::path::Path, out: &std::path::Path) -> Result<Value> {
     let mut model = load(dir, Dtype::Fp32, Bits::default())?;
     let head = model.spec().output_embedding;
@@ -427,7 +464,11 @@ fn int4(dir: &std::path::Path, out: &std::path::Path) -> Result<Value> {
         layers += 1;
     });
     result?;
-    let names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"];
+    let names = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    ];
     let besides = names.map(|name| dir.join(name));
     save(&mut *model, out, &besides)?;
     Ok(json!({"layers": layers}))

@@ -115,9 +115,9 @@ impl Checkpoint {
             self.copy("param", &key(param), &param.tensor)?;
         }
         for entry in optimizer.entries() {
-            self.copy("m", &entry.key, &entry.moments.m)?;
-            self.copy("v", &entry.key, &entry.moments.v)?;
-            self.copy("step", &entry.key, &entry.moments.step)?;
+            for (name, tensor) in entry.moments.tensors() {
+                self.copy(name, &entry.key, tensor)?;
+            }
         }
         rng::set_state(Device::Cpu, self.get("rng.cpu")?)?;
         if device != Device::Cpu {
@@ -169,12 +169,9 @@ pub(crate) fn save(
         state.insert(format!("param.{}", key(&param)), param.tensor.detach());
     }
     for entry in optimizer.entries() {
-        state.insert(format!("m.{}", entry.key), entry.moments.m.shallow_clone());
-        state.insert(format!("v.{}", entry.key), entry.moments.v.shallow_clone());
-        state.insert(
-            format!("step.{}", entry.key),
-            entry.moments.step.shallow_clone(),
-        );
+        for (name, tensor) in entry.moments.tensors() {
+            state.insert(format!("{name}.{}", entry.key), tensor.shallow_clone());
+        }
     }
     state.insert("rng.cpu".into(), rng::state(Device::Cpu)?);
     if objective.device() != Device::Cpu {

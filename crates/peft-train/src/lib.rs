@@ -33,6 +33,7 @@
 mod checkpoint;
 mod curve;
 mod data;
+mod eight_bits;
 mod error;
 mod log;
 mod objective;
@@ -53,5 +54,5 @@ pub use objective::{
 pub use optimizer::{Optimizer, decays};
 pub use run::{Run, RunInfo, Status};
 pub use schedule::{Plateau, Schedule, ScheduleType};
-pub use settings::Settings;
+pub use settings::{Optim, Settings};
 pub use train::{Best, Data, Ending, Evaluation, Event, Observer, Summary, evaluate, train};

@@ -5,12 +5,14 @@
 //! [`decays`]. Clipping follows `torch.nn.utils.clip_grad_norm_`: with the norm
 //! n of all gradients together, g ← g · min(1, max / (n + 1e-6)).
 
+use peft_codec::AdamW8;
 use peft_core::Param;
 use peft_torch::{AdamW, Moments, drop_grad};
 use tch::{Kind, Tensor};
 
+use crate::eight_bits::Moments8;
 use crate::error::{Error, Result};
-use crate::settings::Settings;
+use crate::settings::{Optim, Settings};
 
 /// AdamW over everything that is trained.
 #[derive(Debug)]
@@ -26,8 +28,44 @@ pub struct Optimizer {
 pub(crate) struct Entry {
     pub(crate) key: String,
     pub(crate) tensor: Tensor,
-    pub(crate) moments: Moments,
+    pub(crate) moments: Remembered,
     decays: bool,
+}
+
+/// What AdamW remembers of one tensor.
+#[derive(Debug)]
+pub(crate) enum Remembered {
+    /// In the dtype of the tensor.
+    Whole(Moments),
+    /// In 8 bits.
+    Eight(Moments8),
+}
+
+impl Remembered {
+    fn of(param: &Tensor, optim: Optim) -> Result<Remembered> {
+        let eight = match optim {
+            Optim::AdamwTorch => None,
+            Optim::Adamw8bit => Moments8::of(param)?,
+        };
+        Ok(match eight {
+            Some(it) => Remembered::Eight(it),
+            None => Remembered::Whole(Moments::new(param)),
+        })
+    }
+
+    /// Its tensors, by their names in a checkpoint.
+    pub(crate) fn tensors(&self) -> Vec<(&'static str, &Tensor)> {
+        match self {
+            Remembered::Whole(it) => vec![("m", &it.m), ("v", &it.v), ("step", &it.step)],
+            Remembered::Eight(it) => vec![
+                ("state1", &it.state1),
+                ("state2", &it.state2),
+                ("absmax1", &it.absmax1),
+                ("absmax2", &it.absmax2),
+                ("step", &it.step),
+            ],
+        }
+    }
 }
 
 impl Optimizer {
@@ -41,7 +79,7 @@ impl Optimizer {
             entries.push(Entry {
                 key: key(param),
                 tensor: param.tensor.shallow_clone(),
-                moments: Moments::new(&param.tensor),
+                moments: Remembered::of(&param.tensor, settings.optim)?,
                 decays: !param.norm && decays(&key(param)),
             });
         }
@@ -97,10 +135,20 @@ impl Optimizer {
     /// One step with the gradients that are there.
     pub fn step(&mut self, learning_rate: f64) -> Result<()> {
         for (group, decay) in [(true, self.weight_decay), (false, 0.0)] {
-            let entries = self.entries.iter_mut().filter(|it| it.decays == group);
-            let mut params: Vec<(&mut Tensor, &mut Moments)> = entries
-                .map(|it| (&mut it.tensor, &mut it.moments))
-                .collect();
+            let eight = AdamW8 {
+                lr: learning_rate as f32,
+                beta1: self.adam.betas.0 as f32,
+                beta2: self.adam.betas.1 as f32,
+                eps: self.adam.eps as f32,
+                weight_decay: decay as f32,
+            };
+            let mut params: Vec<(&mut Tensor, &mut Moments)> = Vec::new();
+            for entry in self.entries.iter_mut().filter(|it| it.decays == group) {
+                match &mut entry.moments {
+                    Remembered::Whole(moments) => params.push((&mut entry.tensor, moments)),
+                    Remembered::Eight(moments) => moments.step(eight, &mut entry.tensor)?,
+                }
+            }
             self.adam.step(&mut params, learning_rate, decay)?;
         }
         Ok(())

@@ -46,6 +46,8 @@ pub struct Settings {
     pub warmup_steps: Option<f64>,
     /// The part of all steps over which the learning rate rises; 0.03 if neither is given.
     pub warmup_ratio: Option<f64>,
+    /// How AdamW keeps its moments.
+    pub optim: Optim,
     /// λ of AdamW, for all but biases and norms.
     pub weight_decay: f64,
     /// Decay of AdamW's running mean.
@@ -77,6 +79,18 @@ pub struct Settings {
     pub seed: u64,
 }
 
+/// How AdamW keeps its moments, by the names of `transformers`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Optim {
+    /// In the dtype of what is trained.
+    #[default]
+    #[serde(rename = "adamw_torch", alias = "adamw_torch_fused")]
+    AdamwTorch,
+    /// In 8 bits, of tensors with 4096 numbers or more.
+    #[serde(rename = "adamw_8bit", alias = "adamw_bnb_8bit")]
+    Adamw8bit,
+}
+
 impl Default for Settings {
     fn default() -> Settings {
         Settings {
@@ -85,6 +99,7 @@ impl Default for Settings {
             per_device_eval_batch_size: 8,
             gradient_accumulation_steps: 1,
             gradient_checkpointing: false,
+            optim: Optim::AdamwTorch,
             num_train_epochs: 3.0,
             max_steps: -1,
             lr_scheduler_type: ScheduleType::Cosine,

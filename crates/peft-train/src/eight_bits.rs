@@ -1,0 +1,179 @@
+//! AdamW whose moments are kept in 8 bits (2110.02861), as `bitsandbytes` keeps them.
+//!
+//! A moment is an index into 256 values that are dense around zero, and 256 neighbours share a scale: 2 bytes and 8/256 a parameter
+//! instead of 8. Each step decodes, updates and encodes a block at a time ([`peft_codec::AdamW8`]). Of tensors with fewer
+//! than [`SMALLEST`] numbers the moments stay in fp32, where they weigh nothing.
+
+use half::bf16;
+use peft_codec::{AdamW8, Compat, STATE_BLOCK};
+use peft_torch::memory::{with_slice, with_slice_mut};
+use tch::{Device, Kind, TchError, Tensor};
+
+/// Tensors with fewer numbers keep their moments in fp32.
+pub(crate) const SMALLEST: usize = 4096;
+
+/// Tensors with fewer numbers are stepped by one thread.
+const SMALL: usize = 1 << 18;
+
+/// What AdamW remembers of one tensor, in 8 bits.
+#[derive(Debug)]
+pub(crate) struct Moments8 {
+    /// Of the running mean: an index for each parameter.
+    pub(crate) state1: Tensor,
+    /// Of the running mean of squares.
+    pub(crate) state2: Tensor,
+    /// A scale for each 256 of them, in fp32.
+    pub(crate) absmax1: Tensor,
+    pub(crate) absmax2: Tensor,
+    /// How many steps were taken: a scalar in fp32.
+    pub(crate) step: Tensor,
+}
+
+impl Moments8 {
+    /// The state before the first step; `None` for a tensor that keeps it in fp32.
+    ///
+    /// # Errors
+    /// If the tensor is not of fp32 or bf16 in main memory.
+    pub(crate) fn of(param: &Tensor) -> Result<Option<Moments8>, TchError> {
+        if param.device() != Device::Cpu {
+            return Err(TchError::Torch(
+                "AdamW with 8-bit states runs on the processor alone in this build".into(),
+            ));
+        }
+        if !matches!(param.kind(), Kind::Float | Kind::BFloat16) {
+            return Err(TchError::Kind(format!(
+                "AdamW with 8-bit states trains fp32 and bf16, not {:?}",
+                param.kind()
+            )));
+        }
+        let n = param.numel();
+        if n < SMALLEST {
+            return Ok(None);
+        }
+        let codes = || Tensor::zeros([n as i64], (Kind::Uint8, Device::Cpu));
+        let blocks = n.div_ceil(STATE_BLOCK) as i64;
+        let scales = || Tensor::zeros([blocks], (Kind::Float, Device::Cpu));
+        Ok(Some(Moments8 {
+            state1: codes(),
+            state2: codes(),
+            absmax1: scales(),
+            absmax2: scales(),
+            step: Tensor::from(0f32),
+        }))
+    }
+
+    /// One step on the tensor with its gradient.
+    pub(crate) fn step(&mut self, adam: AdamW8, param: &mut Tensor) -> Result<(), TchError> {
+        let grad = param.grad();
+        if !grad.defined() {
+            return Ok(());
+        }
+        let _ = self.step.g_add_scalar_(1.0);
+        let t = self.step.double_value(&[]) as u64;
+        let grad = grad.to_kind(Kind::Float);
+        let mut param = param.detach();
+        with_slice(&grad, |grads: &[f32]| match param.kind() {
+            Kind::BFloat16 => with_slice_mut(&mut param, |it: &mut [bf16]| {
+                self.update(adam, t, it, grads)
+            }),
+            _ => with_slice_mut(&mut param, |it: &mut [f32]| self.update(adam, t, it, grads)),
+        })
+        .flatten()
+        .flatten()
+    }
+
+    fn update<P: peft_codec::Element>(
+        &mut self,
+        adam: AdamW8,
+        t: u64,
+        params: &mut [P],
+        grads: &[f32],
+    ) -> Result<(), TchError> {
+        let [state1, state2] = [&mut self.state1, &mut self.state2];
+        let [absmax1, absmax2] = [&mut self.absmax1, &mut self.absmax2];
+        let done = with_slice_mut(state1, |codes1: &mut [u8]| {
+            with_slice_mut(state2, |codes2: &mut [u8]| {
+                with_slice_mut(absmax1, |scales1: &mut [f32]| {
+                    with_slice_mut(absmax2, |scales2: &mut [f32]| {
+                        let step = match params.len() < SMALL {
+                            true => AdamW8::step::<P, f32>,
+                            false => AdamW8::step_all::<P, f32>,
+                        };
+                        let compat = Compat::Cuda;
+                        step(
+                            &adam, t, params, grads, codes1, codes2, scales1, scales2, compat, 1.0,
+                        )
+                    })
+                })
+            })
+        });
+        done.flatten()
+            .flatten()
+            .flatten()?
+            .map_err(|error| TchError::Shape(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Optim, Optimizer, Settings};
+    use peft_core::Param;
+
+    fn optimizer(optim: Optim, tensor: &Tensor) -> Optimizer {
+        let param = Param {
+            adapter: "default".into(),
+            at: "layer".into(),
+            name: "weight".into(),
+            norm: false,
+            tensor: tensor.shallow_clone(),
+        };
+        let settings = Settings {
+            optim,
+            weight_decay: 0.1,
+            max_grad_norm: 0.0,
+            ..Settings::default()
+        };
+        Optimizer::new(&[param], &settings).unwrap()
+    }
+
+    /// Both go down the same bowl, one with eight bits of memory.
+    #[test]
+    fn it_descends_as_the_whole_one_does() {
+        tch::manual_seed(1);
+        let target = Tensor::randn([5000], (Kind::Float, Device::Cpu));
+        let losses = [Optim::AdamwTorch, Optim::Adamw8bit].map(|optim| {
+            let tensor = Tensor::zeros([5000], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+            let mut optimizer = optimizer(optim, &tensor);
+            for _ in 0..300 {
+                optimizer.zero_grad();
+                (&tensor - &target).square().sum(Kind::Float).backward();
+                optimizer.step(1e-2).unwrap();
+            }
+            (&tensor - &target)
+                .square()
+                .mean(Kind::Float)
+                .double_value(&[])
+        });
+        assert!(losses.iter().all(|it| *it < 0.01), "{losses:?}");
+    }
+
+    #[test]
+    fn small_tensors_keep_their_moments_and_no_gradient_is_no_step() {
+        let small = Tensor::zeros([4095], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let names = |it: &Optimizer| it.entries()[0].moments.tensors()[0].0;
+        assert_eq!(names(&optimizer(Optim::Adamw8bit, &small)), "m");
+        let large = Tensor::ones([4096], (Kind::Float, Device::Cpu)).set_requires_grad(true);
+        let mut optimizer = optimizer(Optim::Adamw8bit, &large);
+        assert_eq!(names(&optimizer), "state1");
+        optimizer.step(1.0).unwrap();
+        assert_eq!(large.sum(Kind::Float).double_value(&[]), 4096.0);
+    }
+
+    #[test]
+    fn what_it_cannot_train_is_refused() {
+        let half = Tensor::zeros([4096], (Kind::Half, Device::Cpu));
+        let error = Moments8::of(&half).unwrap_err().to_string();
+        assert!(error.contains("Half"), "{error}");
+    }
+}
