@@ -79,6 +79,10 @@ pub(crate) fn descend(
 
 /// Every gradient against Python's, relative to the largest number of its own, but no finer than a tenth of the
 /// largest of `all` allows.
+///
+/// Of an ill-conditioned case Python's fp32 is one rounding among many, and another on each processor. There the
+/// fixture has the gradients in fp64 too, under `exact.`, and these decide: ours may be `tolerance` from them, or twice
+/// as far as Python's fp32 is.
 pub(crate) fn gradients(
     trained: &[Trained],
     all: &[&Tensor],
@@ -101,10 +105,22 @@ pub(crate) fn gradients(
             }
             continue;
         }
-        let own = largest(&expected).max(0.1 * scale);
-        let off = distance(&grad, &expected) * largest(&expected).max(1e-12) / own;
-        if off > tolerance {
-            return Err(format!("`{}` is off by {off:.1e}", it.key));
+        let apart = |found: &Tensor, from: &Tensor| {
+            let own = largest(from).max(0.1 * scale);
+            distance(found, from) * largest(from).max(1e-12) / own
+        };
+        let (off, allowed) = match python(&format!("exact.{}", it.key)) {
+            Some(exact) => {
+                let theirs = apart(&expected, &exact);
+                (apart(&grad, &exact), tolerance.max(2.0 * theirs))
+            }
+            None => (apart(&grad, &expected), tolerance),
+        };
+        if off > allowed {
+            return Err(format!(
+                "`{}` is off by {off:.1e}, allowed {allowed:.1e}",
+                it.key
+            ));
         }
     }
     Ok(())
