@@ -141,7 +141,7 @@ impl Buffer {
             before.iter().chain(after).all(|it| *it == MARK),
             "wrote beyond the end"
         );
-        Ok(bytes.chunks_exact(T::SIZE).map(T::from).collect())
+        Ok(bytes.chunks_exact(T::SIZE).map(T::of_bytes).collect())
     }
 }
 
@@ -149,7 +149,7 @@ impl Buffer {
 trait Plain: Copy + Default {
     const SIZE: usize;
     fn bytes(self) -> Vec<u8>;
-    fn from(bytes: &[u8]) -> Self;
+    fn of_bytes(bytes: &[u8]) -> Self;
 }
 
 macro_rules! plain {
@@ -159,7 +159,7 @@ macro_rules! plain {
             fn bytes(self) -> Vec<u8> {
                 self.to_ne_bytes().to_vec()
             }
-            fn from(bytes: &[u8]) -> $type {
+            fn of_bytes(bytes: &[u8]) -> $type {
                 <$type>::from_ne_bytes(bytes.try_into().expect("as many bytes as it has"))
             }
         }
@@ -426,8 +426,7 @@ fn encodes<T: Format>(
         len,
         kind,
         block,
-        codes.memory(),
-        absmax.memory(),
+        (codes.memory(), absmax.memory()),
         stream,
     )?;
     let what = format!("{kind} of {len} by {}", block.size());
@@ -445,8 +444,7 @@ fn nests(stream: &Stream, scales: &[f32]) -> Result<()> {
         n,
         mean,
         map.memory(),
-        codes.memory(),
-        absmax.memory(),
+        (codes.memory(), absmax.memory()),
         stream,
     )?;
     same("scales of scales", &absmax.read::<f32>()?, &wanted.absmax)?;
@@ -705,17 +703,8 @@ fn times_of_weight(stream: &Stream, table: &mut Table, out: usize, inp: usize) -
     let kinds = [Type::Nf4, Type::Fp4];
     for kind in kinds {
         let time = median(stream, |i| {
-            let (codes, absmax) = (whole(&weights[i][0]), whole(&weights[i][1]));
-            quantise(
-                whole(&dense),
-                Number::Bf16,
-                n,
-                kind,
-                block,
-                codes,
-                absmax,
-                stream,
-            )
+            let to = (whole(&weights[i][0]), whole(&weights[i][1]));
+            quantise(whole(&dense), Number::Bf16, n, kind, block, to, stream)
         })?;
         let moved = n as f64 * 2.5 + blocks as f64 * 4.0;
         table
@@ -724,7 +713,7 @@ fn times_of_weight(stream: &Stream, table: &mut Table, out: usize, inp: usize) -
     }
     let time = median(stream, |i| {
         let [_, scales, codes, shared] = weights[i].each_ref().map(whole);
-        nest(scales, blocks, 0.5, whole(&map), codes, shared, stream)
+        nest(scales, blocks, 0.5, whole(&map), (codes, shared), stream)
     })?;
     table.times.push((
         format!("nest the scales of [{out}, {inp}]"),

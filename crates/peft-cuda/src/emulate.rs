@@ -369,8 +369,7 @@ fn encodes<T: Format>(values: &[f32], block: usize, off: (usize, usize), most: u
             values.len(),
             kind,
             size,
-            codes.memory(),
-            absmax.memory(),
+            (codes.memory(), absmax.memory()),
             most,
         );
         let launch = launch.unwrap().unwrap();
@@ -463,8 +462,7 @@ fn every_pattern_of_16_bits_alone() {
             values.len(),
             Type::Fp4,
             block,
-            codes.memory(),
-            absmax.memory(),
+            (codes.memory(), absmax.memory()),
             9999,
         );
         launch.unwrap().unwrap().emulate(None);
@@ -507,8 +505,7 @@ fn scales_are_nested_as_in_the_codec() {
                 n,
                 mean,
                 map.memory(),
-                codes.memory(),
-                shared.memory(),
+                (codes.memory(), shared.memory()),
                 most,
             );
             launch.unwrap().unwrap().emulate(None);
@@ -553,8 +550,7 @@ fn ties_of_the_map_are_even() {
         n,
         0.0,
         map.memory(),
-        codes.memory(),
-        shared.memory(),
+        (codes.memory(), shared.memory()),
         1,
     )
     .unwrap()

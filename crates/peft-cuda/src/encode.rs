@@ -12,37 +12,36 @@ use crate::{
     stream::Stream,
 };
 
-/// Quantises `len` numbers. Writes `codes`, two a byte, and `absmax`, fp32, one a block.
+/// Quantises `len` numbers. Writes `to`: codes, two a byte, and scales, fp32, one a block.
 pub fn quantise(
     values: Memory<'_>,
     number: Number,
     len: usize,
     kind: Type,
     block: Block,
-    codes: Memory<'_>,
-    absmax: Memory<'_>,
+    to: (Memory<'_>, Memory<'_>),
     stream: &Stream,
 ) -> Result<()> {
     let most = blocks_at_once(stream)?;
-    match encoded(values, number, len, kind, block, codes, absmax, most)? {
+    match encoded(values, number, len, kind, block, to, most)? {
         Some(launch) => launch.run(stream),
         None => Ok(()),
     }
 }
 
-/// Quantises `len` scales less their mean. Writes `codes`, one a scale, and `absmax`, fp32, one for each [`NESTED_BLOCK`] of them.
+/// Quantises `len` scales less their mean. Writes `to`: codes, one a scale, and scales of their own, fp32, one for each
+/// [`NESTED_BLOCK`] of them.
 /// `map` holds the 256 values of [`peft_codec::Map::signed`] on the GPU.
 pub fn nest(
     scales: Memory<'_>,
     len: usize,
     mean: f32,
     map: Memory<'_>,
-    codes: Memory<'_>,
-    absmax: Memory<'_>,
+    to: (Memory<'_>, Memory<'_>),
     stream: &Stream,
 ) -> Result<()> {
     let most = blocks_at_once(stream)?;
-    match nested(scales, len, mean, map, codes, absmax, most)? {
+    match nested(scales, len, mean, map, to, most)? {
         Some(launch) => launch.run(stream),
         None => Ok(()),
     }
@@ -59,8 +58,7 @@ pub(crate) fn encoded(
     len: usize,
     kind: Type,
     block: Block,
-    codes: Memory<'_>,
-    absmax: Memory<'_>,
+    to: (Memory<'_>, Memory<'_>),
     most: u64,
 ) -> Result<Option<Launch>> {
     let blocks = block.count(len);
@@ -68,8 +66,8 @@ pub(crate) fn encoded(
         Arg::Long(values.holds("numbers", len, number.bytes())?),
         Arg::Long(len as u64),
         Arg::Word(block.size().ilog2()),
-        Arg::Long(codes.holds("packed bytes", len.div_ceil(2), 1)?),
-        Arg::Long(absmax.holds("scales", blocks, 4)?),
+        Arg::Long(to.0.holds("packed bytes", len.div_ceil(2), 1)?),
+        Arg::Long(to.1.holds("scales", blocks, 4)?),
     ];
     if len == 0 {
         return Ok(None);
@@ -86,8 +84,7 @@ pub(crate) fn nested(
     len: usize,
     mean: f32,
     map: Memory<'_>,
-    codes: Memory<'_>,
-    absmax: Memory<'_>,
+    to: (Memory<'_>, Memory<'_>),
     most: u64,
 ) -> Result<Option<Launch>> {
     let blocks = len.div_ceil(NESTED_BLOCK);
@@ -96,8 +93,8 @@ pub(crate) fn nested(
         Arg::Long(len as u64),
         Arg::Float(mean),
         Arg::Long(map.holds("values of a map", 256, 4)?),
-        Arg::Long(codes.holds("codes", len, 1)?),
-        Arg::Long(absmax.holds("scales of scales", blocks, 4)?),
+        Arg::Long(to.0.holds("codes", len, 1)?),
+        Arg::Long(to.1.holds("scales of scales", blocks, 4)?),
     ];
     if len == 0 {
         return Ok(None);

@@ -125,7 +125,7 @@ impl Launch {
     pub(crate) fn run(&self, stream: &Stream) -> Result<()> {
         let device = driver::device(stream.device())?;
         let module = module(device, self.source)?;
-        device.launch(&module, self, stream)
+        device.launch(module, self, stream)
     }
 }
 
