@@ -619,8 +619,8 @@ fn multiplies<T: Format>(
             // One rounding to the format, and those of the sum in fp32.
             let ulp = match T::NUMBER {
                 Number::F32 => 0.0,
-                Number::Bf16 => 2f64.powi(-9),
-                Number::F16 => 2f64.powi(-12),
+                Number::Bf16 => 2f64.powi(-8),
+                Number::F16 => 2f64.powi(-11),
             };
             let allowed = sum.abs() * ulp * 1.01 + size * 1e-6 + 1e-7;
             assert!(

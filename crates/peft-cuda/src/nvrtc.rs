@@ -263,11 +263,12 @@ impl<'a> Program<'a> {
     fn bytes(&self, size: Size, get: Get) -> Result<Vec<u8>, String> {
         let mut len = 0;
         // SAFETY: a program that is alive; writes one number.
-        self.nvrtc.check(unsafe { size(self.handle, &mut len) })?;
+        let code = unsafe { size(self.handle, &mut len) };
+        self.nvrtc.check(code)?;
         let mut bytes = vec![0u8; len];
         // SAFETY: writes as many bytes as it said.
-        self.nvrtc
-            .check(unsafe { get(self.handle, bytes.as_mut_ptr().cast()) })?;
+        let code = unsafe { get(self.handle, bytes.as_mut_ptr().cast()) };
+        self.nvrtc.check(code)?;
         Ok(bytes)
     }
 }
