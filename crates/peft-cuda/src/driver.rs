@@ -219,7 +219,7 @@ impl Device {
         self.within(|| {
             let function = module.function(&it.kernel)?;
             let mut places = it.places();
-            // SAFETY: the arguments are the kernel's, which the tests in `emulate.rs` see to; its memory is there by the promise of
+            // SAFETY: the arguments are the kernel's, which the tests in `tests.rs` see to; its memory is there by the promise of
             // `Memory::of`, as long as the checks before asked; the stream is alive by the promise of `Stream::of`.
             let code = unsafe {
                 sys::cuLaunchKernel(

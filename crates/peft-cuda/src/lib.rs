@@ -33,14 +33,14 @@
 pub mod adamw;
 mod cache;
 mod driver;
-#[cfg(test)]
-mod emulate;
 mod encode;
 mod error;
 mod kernels;
 mod memory;
 mod nvrtc;
 mod stream;
+#[cfg(test)]
+mod tests;
 mod weight;
 
 pub use driver::devices;

@@ -310,7 +310,7 @@ mod tests {
                     image.len(),
                     begin.elapsed()
                 );
-                for kernel in crate::emulate::kernels(source) {
+                for kernel in crate::tests::kernels(source) {
                     let name = kernel.as_bytes();
                     let there = image.windows(name.len()).any(|it| it == name);
                     assert!(there, "{kernel} for {target}");
