@@ -5,3 +5,5 @@
 //! the machine does hits both, and writes medians, ratios and raw samples to
 //! `results/`. Every job is stated beside its floor: operations over the rate of
 //! a matrix product, or bytes over the bandwidth of memory, measured in the same run.
+
+pub mod ffi;

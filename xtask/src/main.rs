@@ -14,6 +14,7 @@ mod check;
 mod demo;
 mod dist;
 mod files;
+mod gpu_check;
 mod libtorch;
 mod model;
 mod new_method;
@@ -54,6 +55,8 @@ enum Task {
     Dist(dist::Args),
     /// Run the benchmarks; with --python beside Python's `peft`
     Bench(bench::Args),
+    /// Compare every kernel for CUDA with the processor's results, and time it, on this machine's GPU
+    GpuCheck,
     /// Train every method on real models and text, ours beside Python's, and make the table of it
     Real(real::Args),
     /// Remake the committed test fixtures with Python's `peft`
@@ -83,6 +86,7 @@ fn run(task: Task) -> Result<()> {
         Task::Setup(args) => libtorch::setup(&args),
         Task::Dist(args) => dist::dist(&args),
         Task::Bench(args) => bench::bench(&args),
+        Task::GpuCheck => gpu_check::gpu_check(),
         Task::Real(args) => real::real(&args),
         Task::Fixtures(args) => reference::fixtures(&args),
         Task::Interop(args) => reference::interop(&args),

@@ -116,7 +116,7 @@ fn may_know(from: &str, to: &str, dev: bool) -> bool {
 }
 
 /// The pairs beside each other that know each other, each with its reason.
-const NEIGHBOURS: [(&str, &str); 5] = [
+const NEIGHBOURS: [(&str, &str); 6] = [
     // A GGUF file is one of the containers that a model is read from.
     ("peft-models", "peft-gguf"),
     // The loop is where a model meets data; what it trains, it does not know.
@@ -124,6 +124,8 @@ const NEIGHBOURS: [(&str, &str); 5] = [
     ("peft-train", "peft-data"),
     // What a trained model is worth is measured while it is trained.
     ("peft-train", "peft-metrics"),
+    // The formats that the kernels read and write.
+    ("peft-cuda", "peft-codec"),
     // Sharded training is training.
     ("peft-dist", "peft-train"),
 ];

@@ -105,11 +105,12 @@ pub(super) fn unsafe_places(repo: &Repo) -> Vec<Finding> {
 }
 
 const UNSAFE_PLACES: &str =
-    "`unsafe` belongs into peft-torch, peft-dist, or a file named `ffi.rs`, `simd.rs` or `map.rs`";
+    "`unsafe` belongs into peft-torch, peft-cuda, peft-dist, or a file named `ffi.rs`, `simd.rs` or `map.rs`";
 
 fn may_be_unsafe(path: &Path) -> bool {
     let places = [
         "crates/peft-torch",
+        "crates/peft-cuda",
         "crates/peft-dist",
         "crates/peft-core/src/tensors.rs",
     ];
