@@ -81,8 +81,8 @@ pub(crate) fn descend(
 /// largest of `all` allows.
 ///
 /// Of an ill-conditioned case Python's fp32 is one rounding among many, and another on each processor. There the
-/// fixture has the gradients in fp64 too, under `exact.`, and these decide: ours may be `tolerance` from them, or twice
-/// as far as Python's fp32 is.
+/// fixture has the gradients in fp64 too, under `exact.`, and these decide: ours may be `tolerance` from them, or as far as
+/// Python's fp32 gets (`spread.`) on bases whose numbers are neighbours of these.
 pub(crate) fn gradients(
     trained: &[Trained],
     all: &[&Tensor],
@@ -111,8 +111,8 @@ pub(crate) fn gradients(
         };
         let (off, allowed) = match python(&format!("exact.{}", it.key)) {
             Some(exact) => {
-                let theirs = apart(&expected, &exact);
-                (apart(&grad, &exact), tolerance.max(2.0 * theirs))
+                let spread = python(&format!("spread.{}", it.key)).map(|it| it.double_value(&[]));
+                (apart(&grad, &exact), tolerance.max(spread.unwrap_or(0.0)))
             }
             None => (apart(&grad, &expected), tolerance),
         };
