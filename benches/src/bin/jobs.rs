@@ -441,7 +441,7 @@ fn adamw8bit(size: usize, repeats: usize) -> Result<Value> {
         })
     };
     let (eight, whole) = (one(Optim::Adamw8bit)?, one(Optim::AdamwTorch)?);
-    let _ = tensor.zero_grad();
+    tensor.zero_grad();
     Ok(json!({"samples": eight, "fused_fp32": whole}))
 }
 

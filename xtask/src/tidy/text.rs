@@ -104,8 +104,7 @@ pub(super) fn unsafe_places(repo: &Repo) -> Vec<Finding> {
     findings
 }
 
-const UNSAFE_PLACES: &str =
-    "`unsafe` belongs into peft-torch, peft-cuda, peft-dist, or a file named `ffi.rs`, `simd.rs` or `map.rs`";
+const UNSAFE_PLACES: &str = "`unsafe` belongs into peft-torch, peft-cuda, peft-dist, or a file named `ffi.rs`, `simd.rs` or `map.rs`";
 
 fn may_be_unsafe(path: &Path) -> bool {
     let places = [
