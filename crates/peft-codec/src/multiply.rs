@@ -161,7 +161,7 @@ fn arrange<T: Copy, L, U, const N: usize>(
 impl View<'_> {
     /// Multiplies rows of this, [.., inp], with `x`, [m, inp], on the caller's core.
     ///
-    /// out[r][i] = Σ_k W[rows.start + i][k] x[r][k]: [m, rows.len()]
+    /// `out[r][i] = Σ_k W[rows.start + i][k] x[r][k]`: `[m, rows.len()]`
     pub fn multiply(&self, x: &Activations, rows: Range<usize>, out: &mut [f32]) -> Result<()> {
         let count = rows.len();
         length("products", x.m * count, out.len())?;
