@@ -305,7 +305,7 @@ impl Step {
     fn cpu<P: Element>(&self, p: &mut P, g: f32, m: f32, v: f32) -> (f32, f32) {
         let g = g * self.grad_scale;
         let m = g.mul_add(self.rest1, m * self.beta1);
-        let v = v * self.beta2 + self.rest2 * g * g;
+        let v = (self.rest2 * g).mul_add(g, v * self.beta2);
         let below = v.sqrt() / self.correction2 + self.eps;
         let kept = self.decay.map_or(p.wide(), |decay| p.wide() * decay);
         *p = P::round(kept + self.size * m / below);
@@ -405,6 +405,7 @@ mod tests {
             (Map::signed(), &*SIGNED, 127),
             (Map::unsigned(), &*UNSIGNED, 0),
         ];
+        assert_eq!((SIGNED.rest, UNSIGNED.rest), (17, 16)); // the vector form has them as constants
         for (map, nearest, zero) in maps {
             assert!(
                 nearest.entries.len() < 4096,

@@ -28,6 +28,15 @@
 //! # Ok::<(), peft_codec::Error>(())
 //! ```
 
+#![cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "tables that only vector instructions read"
+    )
+)]
+
 mod adamw8;
 mod element;
 mod error;

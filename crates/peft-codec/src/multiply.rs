@@ -230,6 +230,7 @@ impl View<'_> {
         kernel: impl Fn(&simd::Tile<'_, L>, &mut [[f32; simd::X]; simd::W]),
     ) -> bool {
         let (count, inp, block) = (rows.len(), x.inp, self.block.size());
+        let (shift, over) = (block.trailing_zeros(), simd::over_lanes(block));
         let (a_row, lines_a_row) = (inp / block, lines.len() / x.m.max(1));
         let mut rooms = [(); simd::W].map(|()| vec![0.0; a_row + BEYOND]);
         out.fill(0.0);
@@ -249,15 +250,17 @@ impl View<'_> {
                     let row = rows.start + i;
                     let mut scales = [&[][..]; simd::W];
                     for (j, room) in rooms[..w].iter_mut().enumerate() {
-                        let first = (row + j) * a_row + from / block;
-                        scales[j] = self.scales_and_beyond(first, (to - from) / block, room);
+                        let first = (row + j) * a_row + (from >> shift);
+                        scales[j] = self.scales_and_beyond(first, (to - from) >> shift, room);
                     }
                     let tile = simd::Tile {
                         rows: w,
+                        count: n,
                         bytes: &self.bytes[row * inp / 2..],
                         scales,
                         table: self.table,
-                        block,
+                        shift,
+                        over,
                         inp,
                         from,
                         to,

@@ -220,6 +220,31 @@ fn product<T: Element>(table: &Table, what: &str, view: View<'_>, x: &[T], m: us
     });
 }
 
+fn adamw(table: &Table) {
+    let n = 4096 * 4096;
+    let with = AdamW8 {
+        lr: 1e-4,
+        beta1: 0.9,
+        beta2: 0.999,
+        eps: 1e-8,
+        weight_decay: 0.01,
+    };
+    let (mut params, mut grads) = (Kept::<f32>::new(n), Kept::<f32>::new(n));
+    numbers(params.all(), 0.02);
+    numbers(grads.all(), 1e-3);
+    let (mut codes1, mut codes2) = (Kept::<u8>::new(n), Kept::<u8>::new(n));
+    let (mut absmax1, mut absmax2) = (vec![0f32; n / STATE_BLOCK], vec![0f32; n / STATE_BLOCK]);
+    let mut t = 0;
+    table.line("AdamW8 16.8M fp32", 10 * n, 6 * n, || {
+        t += 1;
+        let (c1, c2) = (codes1.all(), codes2.all());
+        let (a1, a2) = (&mut absmax1, &mut absmax2);
+        let (params, grads) = (params.all(), grads.all());
+        with.step_all(t, params, grads, c1, c2, a1, a2, Compat::Cuda, 1.0)
+            .expect("one length");
+    });
+}
+
 fn main() -> Result<()> {
     println!("{:?}", Level::all());
     for threads in [1, 2] {
@@ -237,6 +262,7 @@ fn main() -> Result<()> {
                 copy / 1e9,
                 past / 1e9
             );
+            adamw(&table);
             formats(&table)
         })?;
     }

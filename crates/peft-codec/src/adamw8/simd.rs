@@ -7,7 +7,7 @@ use crate::{
     element::Element,
     four::Level,
     map::Map,
-    simd::{load_512, store_512},
+    simd::{ahead, load_512, store_512},
 };
 
 /// A step by the rules of the CUDA kernel, of a whole block.
@@ -50,6 +50,12 @@ unsafe fn step_512<P: Element, G: Element>(
     let (mut s1, mut s2) = ([_mm512_setzero_ps(); 16], [_mm512_setzero_ps(); 16]);
     let (mut most1, mut most2) = (_mm512_setzero_ps(), _mm512_setzero_ps());
     for i in 0..STATE_BLOCK / 16 {
+        ahead(params[16 * i..].as_ptr());
+        ahead(grads[16 * i..].as_ptr());
+        if i % 4 == 0 {
+            ahead(block.codes1[16 * i..].as_ptr());
+            ahead(block.codes2[16 * i..].as_ptr());
+        }
         // SAFETY: there are 16 more of each; a byte is an index into 256 values.
         unsafe {
             let look = |codes: &[u8], map: &[f32; 256]| {
@@ -89,7 +95,7 @@ unsafe fn step_512<P: Element, G: Element>(
         let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(v, v);
         let below = _mm512_movepi32_mask(_mm512_castps_si512(v));
         // SAFETY: the instructions are the caller's.
-        let steps = unsafe { rank(signed, _mm512_castps_si512(_mm512_abs_ps(v))) };
+        let steps = unsafe { rank::<17>(signed, _mm512_castps_si512(_mm512_abs_ps(v))) };
         let mut codes = _mm512_add_epi32(zero, steps);
         codes = _mm512_mask_sub_epi32(codes, below, zero, _mm512_min_epi32(steps, zero));
         codes = _mm512_maskz_mov_epi32(number, codes);
@@ -105,7 +111,7 @@ unsafe fn step_512<P: Element, G: Element>(
         let v = _mm512_max_ps(_mm512_mul_ps(s2[i], scale2), _mm512_setzero_ps());
         // SAFETY: the instructions are the caller's; there are 16 more codes of each.
         unsafe {
-            let ranks = rank(unsigned, _mm512_castps_si512(v));
+            let ranks = rank::<16>(unsigned, _mm512_castps_si512(v));
             let at = 16 * i;
             _mm_storeu_si128(
                 block.codes1.as_mut_ptr().add(at).cast(),
@@ -119,24 +125,24 @@ unsafe fn step_512<P: Element, G: Element>(
     }
 }
 
-/// As [`Nearest::rank`].
+/// As [`Nearest::rank`], `REST` bits being compared.
 ///
 /// # Safety
 /// AVX-512 F, BW, DQ, VL.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-unsafe fn rank(nearest: &Nearest, bits: __m512i) -> __m512i {
+unsafe fn rank<const REST: u32>(nearest: &Nearest, bits: __m512i) -> __m512i {
     let (least, one) = (
         _mm512_set1_epi32(LEAST as i32),
         _mm512_set1_epi32(1f32.to_bits() as i32),
     );
     let bits = _mm512_min_epu32(_mm512_max_epu32(bits, least), one);
-    let by = _mm_cvtsi32_si128(nearest.rest as i32);
-    let at = _mm512_srl_epi32(_mm512_sub_epi32(bits, least), by);
-    assert!(nearest.entries.len() > ((1f32.to_bits() - LEAST) >> nearest.rest) as usize);
+    let at = _mm512_srli_epi32::<REST>(_mm512_sub_epi32(bits, least));
+    assert!(nearest.rest == REST);
+    assert!(nearest.entries.len() > ((1f32.to_bits() - LEAST) >> REST) as usize);
     // SAFETY: the bits are at most those of one.
     let entries = unsafe { _mm512_i32gather_epi32::<4>(at, nearest.entries.as_ptr().cast()) };
-    let rest = _mm512_and_si512(bits, _mm512_set1_epi32((1 << nearest.rest) - 1));
+    let rest = _mm512_and_si512(bits, _mm512_set1_epi32((1 << REST) - 1));
     let inside = _mm512_and_si512(entries, _mm512_set1_epi32(NONE as i32));
     let above = _mm512_cmpgt_epi32_mask(rest, inside);
     let below = _mm512_srli_epi32::<24>(entries);

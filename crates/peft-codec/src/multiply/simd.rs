@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::{BEYOND, CHUNK, Floats, Words};
-use crate::four::Level;
+use crate::{four::Level, simd::ahead};
 
 /// Most rows of the matrix.
 pub(super) const W: usize = 2;
@@ -25,12 +25,17 @@ pub(super) fn pairs_pay() -> bool {
 pub(super) struct Tile<'a, L> {
     /// Of the matrix: one or two.
     pub(super) rows: usize,
+    /// Of `x`.
+    pub(super) count: usize,
     /// Codes of these rows of `inp`, whole blocks, and perhaps of more.
     pub(super) bytes: &'a [u8],
     /// Of each block from `from` on, and [`BEYOND`] more, for each row.
     pub(super) scales: [&'a [f32]; W],
     pub(super) table: &'a [f32; 16],
-    pub(super) block: usize,
+    /// Two to the power of this is a block.
+    pub(super) shift: u32,
+    /// [`over_lanes`].
+    pub(super) over: [i32; 16],
     pub(super) inp: usize,
     /// Which numbers of a row: blocks, and chunks but for a row's end.
     pub(super) from: usize,
@@ -43,20 +48,21 @@ pub(super) struct Tile<'a, L> {
 impl<L> Tile<'_, L> {
     /// How many rows there are of both, all lengths being as they should.
     fn rows(&self, lines_a_chunk: usize) -> (usize, usize) {
-        let (inp, block, from, to) = (self.inp, self.block, self.from, self.to);
-        assert!(block.is_power_of_two() && block >= 32 && inp > 0 && inp.is_multiple_of(block));
-        assert!(from < to && to <= inp && from.is_multiple_of(block.max(CHUNK)));
-        assert!(to == inp || to.is_multiple_of(block.max(CHUNK)));
+        let (inp, from, to) = (self.inp, self.from, self.to);
+        assert!((5..32).contains(&self.shift));
+        let block = 1usize << self.shift;
+        let whole = block.max(CHUNK) - 1; // as a mask
+        assert!(from < to && to <= inp && inp & (block - 1) == 0 && from & whole == 0);
+        assert!(to == inp || to & whole == 0);
         assert!(self.rows <= W && self.bytes.len() >= self.rows * (inp / 2));
         let scales = self.scales[..self.rows].iter();
         assert!(
             scales
                 .map(|it| it.len())
-                .all(|n| n >= (to - from) / block + BEYOND)
+                .all(|n| n >= ((to - from) >> self.shift) + BEYOND)
         );
-        let x = self.x.len() / (inp.div_ceil(CHUNK) * lines_a_chunk);
-        assert!(self.x.len() == x * inp.div_ceil(CHUNK) * lines_a_chunk);
-        (self.rows, x)
+        assert!(self.x.len() == self.count * inp.div_ceil(CHUNK) * lines_a_chunk);
+        (self.rows, self.count)
     }
 }
 
@@ -102,7 +108,7 @@ pub(super) fn floats_256(tile: &Tile<'_, Floats>, sums: &mut [[f32; X]; W]) {
 }
 
 /// How the scales of a chunk, up to four, come to lie over its 16 lanes of eight codes.
-fn over_lanes(block: usize) -> [i32; 16] {
+pub(super) fn over_lanes(block: usize) -> [i32; 16] {
     std::array::from_fn(|lane| (8 * lane / block) as i32)
 }
 
@@ -125,16 +131,17 @@ impl<L> Chunk<'_, L> {
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
     unsafe fn load<const WHOLE: bool>(&self, row: usize) -> (__m512i, __m512) {
-        let (inp, block) = (self.tile.inp, self.tile.block);
+        let inp = self.tile.inp;
         // SAFETY: a row has inp / 2 bytes, and `BEYOND` more scales than blocks.
         unsafe {
             let bytes = self.tile.bytes.as_ptr().add(row * (inp / 2) + self.at / 2);
+            ahead(bytes);
             let codes = match WHOLE {
                 true => _mm512_loadu_si512(bytes.cast()),
                 false => _mm512_maskz_loadu_epi32(self.lanes(), bytes.cast()),
             };
             let scales = self.tile.scales[row].as_ptr();
-            let four = _mm_loadu_ps(scales.add((self.at - self.tile.from) / block));
+            let four = _mm_loadu_ps(scales.add((self.at - self.tile.from) >> self.tile.shift));
             let scales = _mm512_permutevar_ps(_mm512_broadcast_f32x4(four), self.over);
             (codes, scales)
         }
@@ -207,7 +214,7 @@ unsafe fn words_of<const ROWS: usize, const COUNT: usize>(
     let (table, over) = unsafe {
         let table = _mm512_cvtneps_pbh(_mm512_loadu_ps(tile.table.as_ptr()));
         let table = _mm512_broadcast_i64x4(std::mem::transmute::<__m256bh, __m256i>(table));
-        let over = _mm512_loadu_si512(over_lanes(tile.block).as_ptr().cast());
+        let over = _mm512_loadu_si512(tile.over.as_ptr().cast());
         (table, over)
     };
     let chunk = |at| Chunk {
@@ -343,7 +350,7 @@ unsafe fn floats_512_of<const ROWS: usize, const COUNT: usize>(
     let (table, over) = unsafe {
         (
             _mm512_loadu_si512(tile.table.as_ptr().cast()),
-            _mm512_loadu_si512(over_lanes(tile.block).as_ptr().cast()),
+            _mm512_loadu_si512(tile.over.as_ptr().cast()),
         )
     };
     let chunk = |at| Chunk {
@@ -385,7 +392,7 @@ unsafe fn floats_256_of<const ROWS: usize, const COUNT: usize>(
     tile: &Tile<'_, Floats>,
     sums: &mut [[f32; X]; W],
 ) {
-    let (inp, block) = (tile.inp, tile.block);
+    let (inp, shift) = (tile.inp, tile.shift);
     let (bytes_a_row, lines_a_row) = (inp / 2, inp.div_ceil(CHUNK) * 8);
     // SAFETY: the loads stay within the tile; where a row ends with a quarter of a chunk, 16 bytes are read.
     unsafe {
@@ -407,10 +414,10 @@ unsafe fn floats_256_of<const ROWS: usize, const COUNT: usize>(
                 };
                 let scale = match quarter {
                     false => _mm256_set_m128(
-                        _mm_set1_ps(scales[(within + 32) / block]),
-                        _mm_set1_ps(scales[within / block]),
+                        _mm_set1_ps(scales[(within + 32) >> shift]),
+                        _mm_set1_ps(scales[within >> shift]),
                     ),
-                    true => _mm256_zextps128_ps256(_mm_set1_ps(scales[within / block])),
+                    true => _mm256_zextps128_ps256(_mm_set1_ps(scales[within >> shift])),
                 };
                 let mut looked = [_mm256_setzero_ps(); 8];
                 for (j, looked) in looked.iter_mut().enumerate() {
