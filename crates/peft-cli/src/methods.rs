@@ -145,6 +145,9 @@ pub(crate) const QLORA: &str = "qlora";
 /// The setting of full fine-tuning: which places are trained.
 pub(crate) const TRAIN_MODULES: &str = "train_modules";
 
+/// The setting of LoRA for how many rounds LoftQ takes.
+pub(crate) const LOFTQ_CONFIG: &str = "loftq_config";
+
 /// The setting of prefix tuning that no file has: the text at which it begins.
 pub(crate) const PREFIX_INIT_TEXT: &str = "prefix_init_text";
 
@@ -206,6 +209,9 @@ impl Method {
         }
         if tag == "PROMPT_TUNING" {
             map.insert("label_words".to_owned(), Value::Null); // written only where they are given
+        }
+        if tag == "LORA" {
+            map.insert(LOFTQ_CONFIG.to_owned(), Value::Null); // read where a base is quantised
         }
         if tag == "PREFIX_TUNING" {
             map.insert(PREFIX_INIT_TEXT.to_owned(), Value::Null);

@@ -472,3 +472,79 @@ fn full_fine_tuning_is_in_fp32_unless_asked_for() {
         "{said}"
     );
 }
+
+#[test]
+fn a_run_on_four_bits_remembers_its_base() {
+    let world = World::new();
+    let dir = world.dir.path();
+    let steps = ["--method", "qlora", "--max-steps", "6", "--batch-size", "4"];
+    let eight = ["--set", "optim=adamw_8bit", "--out", "run"];
+    let said = good(dir, &world.train(&[&steps[..], &eight].concat()));
+    for part in [
+        "linear layers in NF4, blocks of 64, scales in 8 bits",
+        "QLoRA at",
+        "blocks computed twice",
+    ] {
+        assert!(said.contains(part), "`{part}` is not in\n{said}");
+    }
+    let json = |path: &str| -> serde_json::Value {
+        serde_json::from_str(&std::fs::read_to_string(dir.join(path)).unwrap()).unwrap()
+    };
+    assert_eq!(json("run/run.json")["quantization"]["type"], "nf4");
+    good(dir, &["eval", "run", "--data", &world.data]);
+    // Merged it is dense, and the base in few bits is nowhere in it.
+    good(dir, &["merge", "run", "--out", "merged"]);
+    assert!(
+        json("merged/config.json")
+            .get("quantization_config")
+            .is_none()
+    );
+
+    // A folder in few bits is used as it is.
+    let model = world.model.as_str();
+    good(dir, &["quantize", model, "--out", "four", "--double-quant"]);
+    let data = world.data.as_str();
+    let on = [
+        "train", "--model", "four", "--data", data, "--dtype", "fp32",
+    ];
+    good(dir, &[&on[..], &steps, &["--out", "again"]].concat());
+    good(dir, &["eval", "again", "--data", data]);
+    good(dir, &["merge", "again", "--out", "merged-again"]);
+    assert!(
+        json("merged-again/config.json")
+            .get("quantization_config")
+            .is_none()
+    );
+    let twice = [&on[..], &steps, &["--quantization", "fp4", "--out", "no"]].concat();
+    let (code, said) = bad(dir, &twice);
+    assert!(code == 2 && said.contains("in few bits already"), "{said}");
+    let none = ["--method", "qlora", "--quantization", "none", "--out", "no"];
+    let (code, said) = bad(dir, &world.train(&none));
+    assert!(code == 2 && said.contains("--method lora"), "{said}");
+    let loftq = ["--set", "init_lora_weights=loftq", "--out", "no"];
+    let (code, said) = bad(dir, &world.train(&loftq));
+    assert!(code == 2 && said.contains("loftq"), "{said}");
+    assert!(!dir.join("no").exists());
+}
+
+/// Two rounds of LoftQ change the base, which the run then has in a folder of its own.
+#[test]
+fn a_base_that_loftq_changed_goes_on_with_the_run() {
+    let world = World::new();
+    let dir = world.dir.path();
+    let loftq = [
+        "--method",
+        "qlora",
+        "--set",
+        "init_lora_weights=loftq",
+        "--set",
+        "loftq_config={loftq_iter: 2}",
+    ];
+    let whole = [&STEPS[..], &loftq, &["--out", "whole"]].concat();
+    good(dir, &world.train(&whole));
+    killed_and_resumed(&world, "resumed", &loftq);
+    assert!(world.bits("resumed") == world.bits("whole"));
+    let info = std::fs::read_to_string(dir.join("whole/run.json")).unwrap();
+    assert!(info.contains("whole/base"), "{info}");
+    good(dir, &["eval", "whole", "--data", &world.data]);
+}

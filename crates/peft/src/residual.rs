@@ -150,11 +150,16 @@ impl Begin {
 /// The product of rank r nearest to a matrix, as B `[out, r]` and A `[r, in]` of like size.
 fn largest(matrix: &Tensor, r: i64) -> Result<[Tensor; 2]> {
     let (u, s, v) = matrix.f_svd(true, true)?;
-    let r = r.min(s.size()[0]);
-    let root = s.narrow(0, 0, r).sqrt();
-    let b = u.narrow(1, 0, r) * &root;
-    let a = (v.narrow(1, 0, r) * &root).tr();
-    Ok([b, a])
+    let all = r.min(s.size()[0]);
+    let root = s.narrow(0, 0, all).sqrt();
+    let b = u.narrow(1, 0, all) * &root;
+    let a = (v.narrow(1, 0, all) * &root).tr();
+    // A rank above that of any matrix of this shape: what is beyond is zero.
+    let beyond = r - all;
+    Ok([
+        b.constant_pad_nd([0, beyond]),
+        a.constant_pad_nd([0, 0, 0, beyond]),
+    ])
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use console::style;
 use peft::{
     core::{Ctx, ModelExt, Slot},
     models::{Input, Network, Task, parameters, save},
+    quant::Format,
 };
 use tch::{Kind, Tensor};
 
@@ -31,12 +32,15 @@ pub(crate) struct Args {
     /// Number format of the merged model: auto keeps that of the base
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     dtype: DtypeChoice,
+    /// Of a base in few bits: decode, add and encode again, instead of writing dense weights
+    #[arg(long)]
+    keep_quantized: bool,
 }
 
 /// Merges and writes.
 pub(crate) fn run(args: Args) -> Result<()> {
     fresh_folder(&args.out)?;
-    let sources = args.source.find()?;
+    let mut sources = args.source.find()?;
     if sources.adapters.is_empty() {
         return Err(usage(
             "nothing to merge: give a run with an adapter, or name an `--adapter` (full fine-tuning leaves a whole model)",
@@ -44,7 +48,22 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let wanted = args.dtype.kind();
     let task = sources.task(None)?;
+    // With a base that was quantised for the run, the adapter goes into the dense weights that it was made of.
+    let quantised = match sources.format.scheme.is_some() && !args.keep_quantized {
+        true => Some(sources.load_stored(task, Some(Kind::Float))?),
+        false => None,
+    };
+    if quantised.is_some() {
+        sources.format = Format::as_stored();
+    }
     let mut model = sources.load_stored(task, wanted.map(|_| Kind::Float))?;
+    if !args.keep_quantized {
+        model.slots(&mut |_, slot| {
+            if let Slot::Linear(it) = slot {
+                it.decode();
+            }
+        });
+    }
     let probe = probe(&*model);
     let logits = |model: &dyn Network| -> Result<Tensor> {
         let input = Input {
@@ -58,11 +77,13 @@ pub(crate) fn run(args: Args) -> Result<()> {
             .to_kind(Kind::Float))
     };
     let before = logits(&*model)?;
+    let in_bits = quantised.map(|it| logits(&*it)).transpose()?;
     model.merge_and_unload()?;
     if let Some(kind) = wanted {
         round(&mut *model, kind)?;
     }
     let after = logits(&*model)?;
+    let from_bits = in_bits.map(|it| (it - &after).abs().max().double_value(&[]));
     let change = (&before - after).abs().max().double_value(&[]);
     let largest = before.abs().max().double_value(&[]);
     if !change.is_finite() {
@@ -82,6 +103,11 @@ pub(crate) fn run(args: Args) -> Result<()> {
     println!(
         "merging moved the logits by {change:.1e} at most (rounding), the largest is {largest:.1}"
     );
+    if let Some(far) = from_bits {
+        println!(
+            "from those with the base in few bits, on which the adapter was trained, they are up to {far:.1e} away"
+        );
+    }
     if task == Task::CausalLm {
         println!("\nNext:\n  peft chat {}", args.out.display());
     }

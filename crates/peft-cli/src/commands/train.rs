@@ -229,10 +229,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let own_base = args.resume.as_ref().map(|it| it.join(BASE));
     let own_base = own_base.filter(|it| it.is_dir());
     let model = match &own_base {
-        Some(dir) => {
-            plan.recipe.quantization = None; // it is in few bits already
-            dir.to_string_lossy().into_owned()
-        }
+        Some(dir) => dir.to_string_lossy().into_owned(),
         None => plan.recipe.model.clone(),
     };
     let sources = BaseArgs {
@@ -241,8 +238,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     .find()?;
     let tokenizer = sources.tokenizer()?;
-    plan.quantize(sources.base.config()?.get("quantization_config").is_some())?;
-    let (place, format) = placement(&plan, &sources)?;
+    let stored = sources.base.config()?.get("quantization_config").is_some();
+    plan.quantize(stored && own_base.is_none())?;
+    let (place, mut format) = placement(&plan, &sources)?;
+    if own_base.is_some() {
+        format.scheme = None; // it is in few bits already
+    }
     let task = task_of(&plan, &sources)?;
     if matches!(task, Task::SeqCls | Task::TokenCls | Task::QuestionAns) {
         plan.for_heads()?;
@@ -325,12 +326,13 @@ pub(crate) fn run(args: Args) -> Result<()> {
     };
     if new_base {
         save(&mut *model, &run.dir().join(BASE), &[])?;
+        tokenizer.save(&run.dir().join(BASE))?;
     }
     let trained = model.trainable(NAME).into_iter().chain(thawed.clone());
     let trainable: i64 = trained.map(|it| it.tensor.numel() as i64).sum();
     let mut more = more(task, &sources.head);
     more.insert(TRAINABLE.into(), trainable.into());
-    if let (Some(wish), false) = (plan.quantization(), new_base) {
+    if let (Some(wish), false) = (plan.quantization(), new_base || own_base.is_some()) {
         more.insert(QUANTIZATION.into(), serde_json::to_value(wish)?);
     }
     begin(

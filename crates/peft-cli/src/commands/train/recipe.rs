@@ -28,7 +28,9 @@ use serde_json::{Map, Value};
 
 use crate::{
     error::usage,
-    methods::{METHODS, Method, PREFIX_INIT_TEXT, PYTHONS_RATE, QLORA, TRAIN_MODULES},
+    methods::{
+        LOFTQ_CONFIG, METHODS, Method, PREFIX_INIT_TEXT, PYTHONS_RATE, QLORA, TRAIN_MODULES,
+    },
     quantization::{Bits, Quantization, Wish},
 };
 
@@ -254,7 +256,7 @@ impl Plan {
                 "`init_lora_weights: loftq` makes up for what quantising to 4 bits takes away: it needs a dense base and `quantization: nf4` or `fp4`",
             )),
             Some("loftq") => {
-                let config = option("loftq_config").cloned().unwrap_or_default();
+                let config = option(LOFTQ_CONFIG).cloned().unwrap_or_default();
                 let number = |key: &str, usual: u64| {
                     match config.get(key) {
                     None | Some(Value::Null) => Ok(usual),
@@ -414,8 +416,12 @@ impl Plan {
         if self.residual()?.is_some() {
             // The factors are set when both the dense and the quantised weights are there.
             json.insert("init_lora_weights".into(), true.into());
-            json.shift_remove("loftq_config");
+        } else if json.get(LOFTQ_CONFIG).is_some_and(|it| !it.is_null()) {
+            return Err(usage(
+                "`loftq_config` goes with `init_lora_weights: loftq`, which is not set",
+            ));
         }
+        json.shift_remove(LOFTQ_CONFIG);
         if json.get("label_words").is_some_and(|it| !it.is_null()) {
             return self.begin_at_labels(json, tokenizer).map(Some);
         }
