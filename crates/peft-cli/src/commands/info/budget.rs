@@ -130,7 +130,9 @@ impl Budget {
 
     /// All of it.
     pub(crate) fn total(&self) -> u64 {
-        self.parts().iter().map(|(_, n)| n).sum()
+        self.parts()
+            .iter()
+            .fold(0, |sum, (_, n)| u64::saturating_add(sum, *n))
     }
 
     fn parts(&self) -> [(&'static str, u64); 9] {
@@ -164,9 +166,10 @@ fn size(kind: Kind) -> u64 {
 /// What is kept between the forward and the backward pass, at the moment when that is most.
 fn activations(model: &dyn Network, outline: &Outline, step: &Step) -> u64 {
     let spec = &outline.spec;
-    let tokens = step.batch * step.seq;
-    let wide = |n: i64| n.unsigned_abs();
-    let (hidden, layers) = (wide(spec.hidden), spec.layers as u64);
+    // In 128 bits: rows and lengths that nobody could train are still flags that somebody can type.
+    let tokens = u128::from(step.batch) * u128::from(step.seq);
+    let wide = |n: i64| u128::from(n.unsigned_abs());
+    let (hidden, layers) = (wide(spec.hidden), spec.layers as u128);
     let (q, kv) = (
         wide(spec.heads * spec.head_dim),
         wide(spec.kv_heads * spec.head_dim),
@@ -181,20 +184,24 @@ fn activations(model: &dyn Network, outline: &Outline, step: &Step) -> u64 {
         .filter_map(|it| it.shape.first())
         .max();
     let inner = inner.map_or(hidden, |&n| wide(n));
-    let between = size(step.rest);
-    let scores = tokens * step.seq * wide(spec.heads) * 4;
-    let scores = if scores <= SCORES { scores } else { 0 };
+    let between = u128::from(size(step.rest));
+    let scores = tokens * u128::from(step.seq) * wide(spec.heads) * 4;
+    let scores = if scores <= u128::from(SCORES) {
+        scores
+    } else {
+        0
+    };
     let kept = tokens * between * (3 * hidden + 2 * q + 2 * kv + 3 * inner) + scores;
     // Gradients of the widest vectors, and copies in the format of products where that is another.
     let copies = if step.rest == step.compute { 0 } else { 1 };
-    let passing =
-        tokens * (between * (2 * hidden + 3 * inner) + copies * size(step.compute) * inner);
+    let passing = tokens
+        * (between * (2 * hidden + 3 * inner) + copies * u128::from(size(step.compute)) * inner);
     let blocks = match step.checkpoint {
         true => layers * tokens * hidden * between + kept,
         false => layers * kept,
     };
-    let of_vocabulary = CHUNK.min(tokens) * wide(model.vocab()) * between * 2;
-    blocks + passing.max(of_vocabulary)
+    let of_vocabulary = u128::from(CHUNK).min(tokens) * wide(model.vocab()) * between * 2;
+    u64::try_from(blocks + passing.max(of_vocabulary)).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
