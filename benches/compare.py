@@ -79,24 +79,26 @@ METHODS = [
 # blocks'. Python's `prepare_model_for_kbit_training` puts all that is not quantised in fp32, the head with its products
 # as well; ours does so where it is asked to. Kernels are bound by memory: every byte once, at the rate of reading,
 # although some are written. 4 bits and a scale for 64 weights are 0.5625 bytes, with quantised scales 0.5159.
-QLORA = [*lora(), "--dtype", "bf16", "--quantise", "nf4", "--double-quant"]
+FOUR_BITS = ["--quantise", "nf4", "--double-quant"]
 HEAD_WORK = 512 * 4 * 768 * 32000
-QLORA_STEPS = [  # name, flags, products in bf16, products in fp32
-    ("QLoRA step", QLORA, 512 * 4 * LLAMA, 0),
-    ("QLoRA step, the rest in fp32", [*QLORA, "--keep-in-fp32"], 512 * 4 * BLOCKS, HEAD_WORK),
-    ("QLoRA step, checkpoints", [*QLORA, "--gradient-checkpointing"], 512 * (4 * LLAMA + 2 * BLOCKS), 0),
+STEP_TARGETS = (0.50, None, None)
+QLORA_STEPS = [  # name, flags, products in bf16, products in fp32; without FOUR_BITS each is a step of LoRA
+    ("QLoRA step", FOUR_BITS, 512 * 4 * LLAMA, 0),
+    ("QLoRA step, the rest in fp32", [*FOUR_BITS, "--keep-in-fp32"], 512 * 4 * BLOCKS, HEAD_WORK),
+    ("QLoRA step, checkpoints", [*FOUR_BITS, "--gradient-checkpointing"], 512 * (4 * LLAMA + 2 * BLOCKS), 0),
 ]
 NF4, DOUBLE = 0.5 + 4 / 64, 0.5 + 1 / 64 + 4 / (64 * 256)
 SQUARE, TALL = 4096 * 4096, 11008 * 4096
-KERNELS = [  # name, the job, bytes, products
-    ("quantise 4096 x 4096 fp32", ["quantise", "--dtype", "fp32"], SQUARE * (4 + NF4), 0),
-    ("quantise 4096 x 4096 bf16, double", ["quantise", "--dtype", "bf16", "--double-quant"], SQUARE * (2 + DOUBLE), 0),
-    ("dequantise 4096 x 4096 to bf16", ["dequantise", "--dtype", "bf16"], SQUARE * (2 + NF4), 0),
-    ("dequantise 11008 x 4096 to bf16", ["dequantise", "--rows", "11008", "--dtype", "bf16"], TALL * (2 + NF4), 0),
-    ("dequantise 4096 x 4096 to bf16, double", ["dequantise", "--dtype", "bf16", "--double-quant"], SQUARE * (2 + DOUBLE), 0),
-    ("512 tokens through 4096 x 4096 bf16", ["linear4bit", "--dtype", "bf16"], 0, 2 * 512 * SQUARE),
-    ("1 token through 4096 x 4096 bf16", ["linear4bit", "--dtype", "bf16", "--tokens", "1", "--copies", "16"], SQUARE * NF4, 0),
-    ("AdamW in 8 bits, 16.8 million", ["adamw8bit"], (1 << 24) * (4 + 4 + 4 + 2 + 2), 0),
+ONE = ["--threads", "1"]
+KERNELS = [  # name, the job, bytes, products, targets
+    ("quantise 4096 x 4096 fp32, one thread", ["quantise", "--dtype", "fp32", *ONE], SQUARE * (4 + NF4), 0, (1 / 80, None, 3)),
+    ("quantise 4096 x 4096 bf16, double, one thread", ["quantise", "--dtype", "bf16", "--double-quant", *ONE], SQUARE * (2 + DOUBLE), 0, (1 / 80, None, 3)),
+    ("dequantise 4096 x 4096 to bf16", ["dequantise", "--dtype", "bf16"], SQUARE * (2 + NF4), 0, (0.1, None, 1.3)),
+    ("dequantise 11008 x 4096 to bf16", ["dequantise", "--rows", "11008", "--dtype", "bf16"], TALL * (2 + NF4), 0, (0.1, None, 1.3)),
+    ("dequantise 4096 x 4096 to bf16, double", ["dequantise", "--dtype", "bf16", "--double-quant"], SQUARE * (2 + DOUBLE), 0, (0.1, None, 1.3)),
+    ("512 tokens through 4096 x 4096 bf16", ["linear4bit", "--dtype", "bf16"], 0, 2 * 512 * SQUARE, (None, None, None)),
+    ("1 token through 4096 x 4096 bf16", ["linear4bit", "--dtype", "bf16", "--tokens", "1", "--copies", "16"], SQUARE * NF4, 0, (0.85, None, 1.25)),
+    ("AdamW in 8 bits, 16.8 million", ["adamw8bit"], (1 << 24) * (4 + 4 + 4 + 2 + 2), 0, (1 / 30, None, None)),
 ]
 
 
@@ -194,9 +196,12 @@ class Bench:
         env = {"GLIBC_TUNABLES": KEEP} if tuned else {}
         return run([sys.executable, ROOT / "benches/python_job.py", *job, *extra], env)
 
-    def rounds(self, name, job, count, tuned=True, reset=None):
+    def rounds(self, name, job, count, tuned=True, reset=None, beside=None):
+        """`beside` is another job of ours, in turn with the rest."""
         runs = {"ours": [], "python": [], "tuned": []}
         for _ in range(count):
+            if beside:
+                runs.setdefault("beside", []).append(self.ours(beside))
             for who in ["ours", "python", "tuned"] if tuned else ["ours", "python"]:
                 if reset:
                     reset()
@@ -206,7 +211,7 @@ class Bench:
 
     def row(self, name, value, runs, floor=None, targets=(None, None, None), unit="s"):
         """One line of the table from a figure of each run."""
-        medians = {who: statistics.median(value(it)) for who, it in runs.items() if it}
+        medians = {who: statistics.median(value(it)) for who, it in runs.items() if it and who != "beside"}
         mine = medians["ours"]
         ratios = [mine / medians[who] if who in medians else None for who in ["python", "tuned"]]
         ratios.append(mine / floor if floor else None)
@@ -236,35 +241,50 @@ class Bench:
             memory = 0.60 if flags else 0.85
             self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, None, (memory, None, None), "MiB")
 
+    def note(self, name, ratio, target):
+        self.notes.append(f"{name}: {ratio:.2f} (≤ {target:g}: {'met' if ratio <= target else 'missed'})")
+        print(self.notes[-1], flush=True)
+
     def qlora(self):
         asked = lambda name: self.args.only in f"qlora: {name}"
         every = lambda it: [s for r in it for s in r["samples"]]
-        model = self.folder / "llama-bf16"
+        peak = lambda it: [r["peak_bytes"] / 2**20 for r in it]
+        middle = lambda runs, key="samples": statistics.median(s for r in runs for s in r[key])
+        model, rounds = self.folder / "llama-bf16", self.args.rounds
         for name, flags, narrow, wide in QLORA_STEPS:
             if asked(name):
-                job = ["step", "--model", str(model), *flags, "--steps", str(self.args.steps)]
-                runs = self.rounds(f"qlora: {name}", job, self.args.rounds)
+                job = ["step", "--model", str(model), *lora(), "--dtype", "bf16", "--steps", str(self.args.steps)]
+                dense = [it for it in flags if it not in FOUR_BITS]
+                runs = self.rounds(f"qlora: {name}", [*job, *flags], rounds, beside=[*job, *dense])
                 floor = narrow / self.floor["gemm_bf16_flops"] + wide / self.floor["gemm_fp32_flops"]
-                self.row(name, every, runs, floor)
-                self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, unit="MiB")
-        known = subprocess.run([self.args.jobs, "--help"], capture_output=True, text=True, check=True).stdout
-        for name, job, moved, work in KERNELS:
-            if asked(name) and f"  {job[0]} " not in known:
-                print(f"{name}: skipped, ours has no job `{job[0]}`", flush=True)
-            elif asked(name):
-                runs = self.rounds(f"qlora: {name}", [*job, "--repeats", "20"], self.args.rounds)
-                floor = moved / self.floor["read_bytes_per_s"] + work / self.floor["gemm_bf16_flops"]
-                self.row(name, lambda it: [1e3 * s for s in every(it)], runs, 1e3 * floor, unit="ms")
-        stored = self.folder / "llama-nf4"
-        flags = ["--dtype", "bf16", "--quantise", "nf4", "--double-quant"]
-        for name, folder, more in [("load in 4 bits", model, flags), ("load what is in 4 bits", stored, flags[:2])]:
+                self.row(name, every, runs, floor, STEP_TARGETS)
+                self.row(f"peak memory: {name}", peak, runs, None, (0.45, None, None), "MiB")
+                self.note(f"{name} / the same of LoRA", middle(runs["ours"]) / middle(runs["beside"]), 1.12)
+        for name, job, moved, work, targets in KERNELS:
+            if asked(name):
+                job = [*job, "--repeats", "20"]
+                dense = [*job, "--dense"] if work else None
+                runs = self.rounds(f"qlora: {name}", job, rounds, beside=dense)
+                read = self.floor_of_one if ONE[0] in job else self.floor
+                floor = moved / read["read_bytes_per_s"] + work / self.floor["gemm_bf16_flops"]
+                self.row(name, lambda it: [1e3 * s for s in every(it)], runs, 1e3 * floor, targets, "ms")
+                if dense:
+                    self.note(f"{name} / the dense product", middle(runs["ours"]) / middle(runs["beside"]), 1.08)
+                if job[0] == "adamw8bit":
+                    self.note(f"{name} / libtorch's fused in fp32", middle(runs["ours"]) / middle(runs["ours"], "fused_fp32"), 1)
+        small, stored = ROOT / "target/models/smollm2", self.folder / "llama-nf4"
+        for name, folder, flags in [
+            ("load SmolLM2 in 4 bits", small, FOUR_BITS),
+            ("load the Llama shape in 4 bits", model, FOUR_BITS),
+            ("load what is in 4 bits", stored, []),
+        ]:
             if asked(name):
                 in_four_bits(model, stored)
-                runs = self.rounds(f"qlora: {name}", ["open4bit", "--model", str(folder), *more], self.args.rounds)
+                runs = self.rounds(f"qlora: {name}", ["open4bit", "--model", str(folder), "--dtype", "bf16", *flags], rounds)
                 file = (folder / "model.safetensors").stat().st_size
-                self.row(name, every, runs, file / self.floor["read_bytes_per_s"])
+                self.row(name, every, runs, file / self.floor["read_bytes_per_s"], STEP_TARGETS)
                 self.row(f"memory: {name}", lambda it: [r["bytes"] / 2**20 for r in it], runs, unit="MiB")
-                self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, unit="MiB")
+                self.row(f"peak memory: {name}", peak, runs, unit="MiB")
 
     def mixing(self):
         runs = self.rounds("mixed", ["mixed", "--model", str(self.folder / "gpt2")], self.args.rounds)
@@ -272,9 +292,7 @@ class Bench:
         self.row("8 rows, 8 adapters", lambda it: [s for r in it for s in r["samples"]], runs)
         middle = lambda key: statistics.median(s for r in runs["ours"] for s in r[key])
         for what, many, one in [("", "samples", "one"), (", blocks alone", "blocks", "blocks_one")]:
-            ratio = middle(many) / middle(one)
-            self.notes.append(f"8 adapters / one adapter{what}: {ratio:.2f} (≤ 1.3: {'met' if ratio <= 1.3 else 'missed'})")
-            print(self.notes[-1], flush=True)
+            self.note(f"8 adapters / one adapter{what}", middle(many) / middle(one), 1.3)
 
     def loading(self):
         model = ROOT / "target/models/smollm2"
@@ -323,7 +341,7 @@ class Bench:
 
     def all(self):
         models(self.folder)
-        self.floor = self.ours(["floor"])
+        self.floor, self.floor_of_one = self.ours(["floor"]), self.ours(["floor", *ONE])
         print(json.dumps(self.floor), flush=True)
         print(HEAD, flush=True)
         self.steps()
@@ -344,7 +362,7 @@ class Bench:
 
     def write(self):
         stamp = datetime.datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-        report = {"machine": machine(), "when": stamp, "floor": self.floor, "rows": self.rows, "notes": self.notes, "raw": self.raw}
+        report = {"machine": machine(), "when": stamp, "floor": self.floor, "floor_of_one_thread": self.floor_of_one, "rows": self.rows, "notes": self.notes, "raw": self.raw}
         out = pathlib.Path(self.args.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{stamp}.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -365,7 +383,8 @@ def line(row):
     def ratio(x, target):
         if x is None:
             return ""
-        return f"{x:.2f}" + (f" (≤ {target:g}: {'met' if x <= target else 'missed'})" if target else "")
+        figures = f"{x:.2f}" if x >= 0.1 else f"{x:.2g}"
+        return figures + (f" (≤ {target:.3g}: {'met' if x <= target else 'missed'})" if target else "")
 
     cells = [row["name"], *(figure(row.get(k)) for k in ["ours", "python", "tuned", "floor"])]
     return "| " + " | ".join(cells + [ratio(*pair) for pair in zip(row["ratios"], row["targets"])]) + " |"

@@ -9,7 +9,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use peft_core::{Error, Result, Weights, files, nearest, tensors::Mapped};
+use peft_core::{
+    Error, Result, Weights, files, nearest,
+    tensors::{self, Mapped},
+};
 use peft_gguf::HfView;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -28,6 +31,9 @@ const IGNORED: &[&str] = &[
     "embeddings.token_type_ids",
     ".EncDecAttention.relative_attention_bias.weight",
 ];
+
+/// What a weight can be.
+const FLOATS: [Kind; 4] = [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double];
 
 /// The weights of a model on disk.
 #[derive(Debug)]
@@ -50,7 +56,8 @@ enum Source {
 }
 
 impl Checkpoint {
-    /// Opens the weights of a folder. `kind`: the dtype of the model; `None`: as stored.
+    /// Opens the weights of a folder. `kind`: the dtype of the model; `None`: the folder's own, as `transformers` finds it with
+    /// `dtype="auto"`: what config.json says, else that of the first weight.
     pub fn open(dir: &Path, kind: Option<Kind>, device: Device) -> Result<Checkpoint> {
         let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
         let (files, index) = if single.exists() {
@@ -69,6 +76,15 @@ impl Checkpoint {
             let reason = format!("no `{SINGLE}` and no `{INDEX}` in this folder{hint}");
             return Err(Error::file(dir, reason));
         };
+        let first = |(name, file): (&String, &usize)| {
+            let (_, dtype) = files[*file].info(name)?;
+            // What lies beside a weight in few bits has a dtype of its own.
+            let weight = !name.contains(".weight.") && !name.ends_with(".SCB");
+            tensors::kind(dtype).filter(|it| weight && FLOATS.contains(it))
+        };
+        let kind = kind
+            .or_else(|| declared(dir))
+            .or_else(|| index.iter().find_map(first));
         Ok(Checkpoint {
             source: Source::Safetensors { files, index },
             place: dir.to_owned(),
@@ -152,10 +168,7 @@ impl Weights for Checkpoint {
                 got: tensor.size(),
             });
         }
-        if !matches!(
-            tensor.kind(),
-            Kind::Float | Kind::BFloat16 | Kind::Half | Kind::Double
-        ) {
+        if !FLOATS.contains(&tensor.kind()) {
             let reason = format!(
                 "`{key}` is of type {:?}, expected floating point",
                 tensor.kind()
@@ -182,6 +195,21 @@ impl Weights for Checkpoint {
             Source::Safetensors { index, .. } => index.contains_key(key),
             Source::Gguf(view) => view.shape(key).is_some(),
         }
+    }
+}
+
+/// The dtype that config.json gives the model.
+fn declared(dir: &Path) -> Option<Kind> {
+    let config = files::read_json(&dir.join("config.json")).ok()?;
+    let name = ["dtype", "torch_dtype"]
+        .iter()
+        .find_map(|key| config.get(key)?.as_str())?;
+    match name.strip_prefix("torch.").unwrap_or(name) {
+        "float32" => Some(Kind::Float),
+        "bfloat16" => Some(Kind::BFloat16),
+        "float16" => Some(Kind::Half),
+        "float64" => Some(Kind::Double),
+        _ => None,
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{
 /// How a model is to be loaded.
 #[derive(Debug, Clone, Copy)]
 pub struct OpenOptions {
-    /// The dtype to compute in; `None`: as stored (fp32 for GGUF).
+    /// The dtype to compute in; `None`: the folder's own, as [`crate::Checkpoint::open`] finds it; fp32 for GGUF.
     pub kind: Option<Kind>,
     /// Where to.
     pub device: Device,

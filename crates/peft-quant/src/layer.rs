@@ -78,10 +78,15 @@ impl Code {
         }
     }
 
+    /// Whether the codec decodes it to this dtype; libtorch's operations do to any, anywhere.
+    fn native(&self, kind: Kind) -> bool {
+        self.device() == Device::Cpu && matches!(kind, Kind::Float | Kind::BFloat16 | Kind::Half)
+    }
+
     /// The weight `[out, in]`, decoded into memory of its own.
     fn dense(&self, kind: Kind) -> Tensor {
         match self {
-            Code::Four(it) if self.device() == Device::Cpu => {
+            Code::Four(it) if self.native(kind) => {
                 let (out, inp) = self.shape();
                 let mut weight = Tensor::empty([out, inp], (kind, Device::Cpu));
                 it.decode_into(&mut weight);
@@ -95,7 +100,7 @@ impl Code {
     /// Lends the weight `[out, in]`, decoded into memory that is used again.
     fn with_dense<R>(&self, kind: Kind, body: impl FnOnce(&Tensor) -> R) -> R {
         match self {
-            Code::Four(it) if self.device() == Device::Cpu => {
+            Code::Four(it) if self.native(kind) => {
                 let (out, inp) = self.shape();
                 with_scratch(kind, &[out, inp], |mut weight| {
                     it.decode_into(&mut weight);

@@ -1,6 +1,6 @@
 //! A source of weights whose linear layers are kept in few bits.
 
-use peft_core::{Dense, Linear, Result, Weights};
+use peft_core::{Dense, Error, Linear, Result, Weights};
 use tch::{Kind, Tensor};
 
 use crate::{
@@ -25,10 +25,28 @@ impl<'a> Quantised<'a> {
     /// What the source keeps in few bits under this name.
     fn kept(&mut self, at: &str, shape: &[i64]) -> Result<Option<Code>> {
         let has = |name: &str| self.weights.has(&format!("{at}.{name}"));
-        let four = ["nf4", "fp4"]
+        let state = |kind: &str| format!("weight.quant_state.bitsandbytes__{kind}");
+        let fours: Vec<&str> = ["nf4", "fp4"]
             .into_iter()
-            .find(|kind| has(&format!("weight.quant_state.bitsandbytes__{kind}")));
-        let eight = has("SCB");
+            .filter(|kind| has(&state(kind)))
+            .collect();
+        let (four, eight) = (fours.first().copied(), has("SCB"));
+        if fours.len() + usize::from(eight) > 1 {
+            let mut found: Vec<String> = fours.iter().map(|kind| state(kind)).collect();
+            found.extend(eight.then(|| "SCB".into()));
+            return Err(fault(at, format!("has both `{}`", found.join("` and `"))));
+        }
+        if four.is_none()
+            && let Some(of) = IN_4_BITS.into_iter().find(|it| has(it))
+        {
+            let missing = [state("nf4"), state("fp4")].join("` or `");
+            let reason = format!("has `{of}`, which belongs to 4 bits, and no `{missing}`");
+            return Err(fault(at, reason));
+        }
+        if !eight && has(IN_8_BITS) {
+            let reason = format!("has `{IN_8_BITS}`, which belongs to 8 bits, and no `SCB`");
+            return Err(fault(at, reason));
+        }
         let mut get = |name: &str| self.weights.stored(&format!("{at}.{name}"));
         Ok(match four {
             Some(kind) => Some(Code::Four(FourBits::read(
@@ -71,6 +89,22 @@ impl<'a> Quantised<'a> {
         let compute = self.format.compute;
         let layer = QuantisedLinear::of(code, bias, kind, compute, transposed);
         Ok(Linear::new(layer))
+    }
+}
+
+/// What files have beside a weight in 4 bits and its state, and beside one in 8 bits and its scales.
+const IN_4_BITS: [&str; 4] = [
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.nested_quant_map",
+];
+const IN_8_BITS: &str = "weight_format";
+
+fn fault(at: &str, reason: String) -> Error {
+    Error::Config {
+        peft_type: "quantization".into(),
+        reason: format!("`{at}` {reason}"),
     }
 }
 

@@ -15,10 +15,12 @@ pub(super) const W: usize = 2;
 /// Most rows of `x`: 1, 2, 4 or 8 of them.
 pub(super) const X: usize = 8;
 
-/// Whether products of pairs in bf16 are faster than those in fp32: where they take as long as one of these.
-pub(super) fn pairs_pay() -> bool {
+/// Whether products of pairs in bf16 with `m` rows are faster than those in fp32: where a pair takes as long as one number, always,
+/// and otherwise where looking values up costs more than multiplying them, which is once for all rows.
+pub(super) fn pairs_pay(m: usize) -> bool {
     let vendor = __cpuid(0);
-    [vendor.ebx, vendor.edx, vendor.ecx] == [0x6874_7541, 0x6974_6e65, 0x444d_4163] // AuthenticAMD
+    let amd = [vendor.ebx, vendor.edx, vendor.ecx] == [0x6874_7541, 0x6974_6e65, 0x444d_4163]; // AuthenticAMD
+    amd || m == 1
 }
 
 /// What is multiplied.
