@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use clap::ValueEnum;
+use peft::core::{Model, Slot};
 use peft::quant::{Block, Compat, Format, Four, Scheme, Type};
+use peft::tch::Device;
 use serde::{Deserialize, Serialize};
 
 use crate::error::usage;
@@ -122,6 +124,22 @@ impl Quantization {
             ""
         };
         format!("{name}, blocks of {}{double}", self.block_size)
+    }
+}
+
+/// Says so where libtorch's operations decode weights on a GPU, for want of the kernels.
+pub(crate) fn say_what_decodes(device: Device, model: &mut dyn Model) {
+    let Device::Cuda(ordinal) = device else {
+        return;
+    };
+    let mut few = false;
+    model.slots(&mut |_, slot| {
+        few |= matches!(slot, Slot::Linear(it) if it.base().stored().is_some());
+    });
+    if few && let Err(error) = peft::quant::cuda::kernels(ordinal) {
+        eprintln!(
+            "warning: no kernels for weights in 4 bits ({error}); libtorch's operations decode them: the same bits, later"
+        );
     }
 }
 

@@ -28,7 +28,7 @@ use tempfile::TempDir;
 use crate::{
     args::Placement,
     error::usage,
-    quantization::{QUANTIZATION, Quantization},
+    quantization::{QUANTIZATION, Quantization, say_what_decodes},
 };
 
 /// On-disk name of an adapter's configuration.
@@ -367,8 +367,10 @@ impl Sources {
         if head.num_labels.is_none() {
             head.num_labels = self.outputs_of_adapters();
         }
-        open_task_in(&self.base, task, options, &head, &self.format)
-            .with_context(|| format!("model `{}`", self.model))
+        let mut model = open_task_in(&self.base, task, options, &head, &self.format)
+            .with_context(|| format!("model `{}`", self.model))?;
+        say_what_decodes(options.device, &mut *model);
+        Ok(model)
     }
 
     /// The names of the classes of a head that the checkpoint has already.
@@ -412,6 +414,7 @@ impl Sources {
     pub(crate) fn load(&self, device: Device, kind: Option<Kind>) -> Result<Box<dyn Decoder>> {
         let mut model = open_source_in(&self.base, OpenOptions { kind, device }, &self.format)
             .with_context(|| format!("model `{}`", self.model))?;
+        say_what_decodes(device, &mut *model);
         self.dress(&mut *model)?;
         Ok(model)
     }

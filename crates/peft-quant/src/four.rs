@@ -11,7 +11,7 @@ use peft_torch::{
 };
 use tch::{Device, Kind, Tensor};
 
-use crate::config::Four;
+use crate::{config::Four, cuda};
 
 /// Numbers that one thread decodes at a time.
 const PIECE: usize = 1 << 16;
@@ -21,14 +21,14 @@ const PIECE: usize = 1 << 16;
 pub(crate) struct FourBits {
     /// Two codes a byte; the type and shape in which the file has them.
     pub(crate) packed: Tensor,
-    scales: Kept,
+    pub(crate) scales: Kept,
     pub(crate) state: State,
     compat: Compat,
 }
 
 /// The scales of the blocks.
 #[derive(Debug)]
-enum Kept {
+pub(crate) enum Kept {
     /// `[blocks]` in fp32.
     Plain(Tensor),
     /// In 8 bits; the mean is in the state.
@@ -267,7 +267,7 @@ impl FourBits {
         });
     }
 
-    /// Decodes with libtorch's operations, wherever the codes lie.
+    /// Decodes with libtorch's operations, wherever the codes lie and to whatever dtype.
     pub(crate) fn decode_anywhere(&self, kind: Kind) -> Tensor {
         let device = self.packed.device();
         let float = |it: &[f32]| Tensor::from_slice(it).to_device(device);
@@ -293,13 +293,19 @@ impl FourBits {
         scaled.to_kind(kind).view([out, inp])
     }
 
-    /// `x Wᵀ` straight from the codes, for few rows in main memory; x: `[m, in]` -> `[m, out]` in fp32.
-    pub(crate) fn few_rows(&self, x: &Tensor) -> Tensor {
+    /// `x Wᵀ` straight from the codes, for few rows; x: `[m, in]` -> `[m, out]`, on a processor in fp32. `None` where nothing
+    /// multiplies numbers of this type so.
+    pub(crate) fn few_rows(&self, x: &Tensor) -> Option<Tensor> {
+        if x.device() != Device::Cpu {
+            return cuda::few_rows(self, x);
+        }
+        let x = x.contiguous();
         let (out, inp) = self.shape();
         let (m, out, inp) = (x.size()[0] as usize, out as usize, inp as usize);
         let arranged = match x.kind() {
-            Kind::BFloat16 => with_slice(x, |it: &[bf16]| Activations::new(it, m, inp)),
-            _ => with_slice(x, |it: &[f32]| Activations::new(it, m, inp)),
+            Kind::BFloat16 => with_slice(&x, |it: &[bf16]| Activations::new(it, m, inp)),
+            Kind::Float => with_slice(&x, |it: &[f32]| Activations::new(it, m, inp)),
+            _ => return None,
         };
         let arranged = arranged.expect("a matrix of bf16 or fp32");
         // Chunks of rows of the weight, each with all rows of x.
@@ -313,7 +319,7 @@ impl FourBits {
             });
         });
         if m == 1 {
-            return Tensor::from_slice(&parts).view([1, -1]);
+            return Some(Tensor::from_slice(&parts).view([1, -1]));
         }
         let mut y = vec![0f32; out * m];
         for (i, part) in parts.chunks(rows * m).enumerate() {
@@ -323,11 +329,11 @@ impl FourBits {
                 y[at..at + width].copy_from_slice(row);
             }
         }
-        Tensor::from_slice(&y).view([m as i64, out as i64])
+        Some(Tensor::from_slice(&y).view([m as i64, out as i64]))
     }
 
     /// The codes as bytes, whatever type they are kept in.
-    fn bytes(&self) -> Tensor {
+    pub(crate) fn bytes(&self) -> Tensor {
         match self.packed.kind() {
             Kind::Uint8 => self.packed.view([-1]),
             _ => self.packed.view([-1]).view_dtype(Kind::Uint8),

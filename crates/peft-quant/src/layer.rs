@@ -6,6 +6,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use crate::{
     config::{Eight, Scheme},
+    cuda,
     eight::EightBits,
     four::FourBits,
 };
@@ -92,7 +93,7 @@ impl Code {
                 it.decode_into(&mut weight);
                 weight
             }
-            Code::Four(it) => it.decode_anywhere(kind),
+            Code::Four(it) => cuda::decode(it, kind).unwrap_or_else(|| it.decode_anywhere(kind)),
             Code::Eight(it) => it.decode(kind),
         }
     }
@@ -115,10 +116,12 @@ impl Code {
     fn product(&self, x: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let (out, inp) = self.shape();
         let rows = x.numel() as i64 / inp.max(1);
-        let native = x.device() == Device::Cpu && matches!(x.kind(), Kind::Float | Kind::BFloat16);
-        match self {
-            Code::Four(it) if native && (1..=FEW).contains(&rows) => {
-                let y = it.few_rows(&x.reshape([rows, inp]).contiguous());
+        let few = match self {
+            Code::Four(it) if (1..=FEW).contains(&rows) => it.few_rows(&x.reshape([rows, inp])),
+            _ => None,
+        };
+        match few {
+            Some(y) => {
                 let y = match bias {
                     Some(bias) => y + bias,
                     None => y,
@@ -128,7 +131,7 @@ impl Code {
                 shape.push(out);
                 y.to_kind(x.kind()).view(shape.as_slice())
             }
-            _ => self.with_dense(x.kind(), |w| peft_torch::linear(x, w, bias)),
+            None => self.with_dense(x.kind(), |w| peft_torch::linear(x, w, bias)),
         }
     }
 }

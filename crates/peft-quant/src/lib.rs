@@ -31,7 +31,9 @@
 //! ```
 
 mod config;
+pub mod cuda;
 mod eight;
+mod ffi;
 mod four;
 mod layer;
 mod source;

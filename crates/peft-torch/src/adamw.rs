@@ -69,14 +69,28 @@ impl AdamW {
         lr: f64,
         weight_decay: f64,
     ) -> Result<(), TchError> {
-        let grads: Vec<Tensor> = params.iter().map(|(p, _)| p.grad()).collect();
-        for ((_, moments), _) in params.iter_mut().zip(&grads).filter(|(_, g)| g.defined()) {
-            let _ = moments.step.g_add_scalar_(1.0); // the kernel wants the number of this step
+        let mut trained: Vec<(Tensor, Tensor, &mut Moments)> = Vec::new();
+        for (param, moments) in params {
+            let grad = param.grad();
+            if grad.defined() {
+                trained.push((param.shallow_clone(), grad, moments));
+            }
         }
-        let params: &[(&mut Tensor, &mut Moments)] = params;
-        let trained = || (0..params.len()).filter(|&i| grads[i].defined());
-        if trained().next().is_none() {
+        self.step_with(&mut trained, lr, weight_decay)
+    }
+
+    /// The same with gradients that are not the tensors' own.
+    pub fn step_with(
+        &self,
+        params: &mut [(Tensor, Tensor, &mut Moments)],
+        lr: f64,
+        weight_decay: f64,
+    ) -> Result<(), TchError> {
+        if params.is_empty() {
             return Ok(());
+        }
+        for (.., moments) in &mut *params {
+            let _ = moments.step.g_add_scalar_(1.0); // the kernel wants the number of this step
         }
         let adam = ffi::Adam {
             lr,
@@ -84,13 +98,14 @@ impl AdamW {
             weight_decay,
             eps: self.eps,
         };
+        let params = || params.iter();
         ffi::fused_adamw(
             [
-                &trained().map(|i| &*params[i].0).collect::<Vec<_>>(),
-                &trained().map(|i| &grads[i]).collect::<Vec<_>>(),
-                &trained().map(|i| &params[i].1.m).collect::<Vec<_>>(),
-                &trained().map(|i| &params[i].1.v).collect::<Vec<_>>(),
-                &trained().map(|i| &params[i].1.step).collect::<Vec<_>>(),
+                &params().map(|it| &it.0).collect::<Vec<_>>(),
+                &params().map(|it| &it.1).collect::<Vec<_>>(),
+                &params().map(|it| &it.2.m).collect::<Vec<_>>(),
+                &params().map(|it| &it.2.v).collect::<Vec<_>>(),
+                &params().map(|it| &it.2.step).collect::<Vec<_>>(),
             ],
             &adam,
         )

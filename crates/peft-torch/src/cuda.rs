@@ -58,6 +58,13 @@ pub fn load() -> Result<(), Error> {
     }
 }
 
+/// Where the numbers of a tensor lie on a GPU, and how many bytes they are; `None` if they lie elsewhere or have gaps.
+pub fn bytes(tensor: &tch::Tensor) -> Option<(u64, usize)> {
+    let dense = tensor.device().is_cuda() && tensor.is_contiguous();
+    let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
+    dense.then(|| (tensor.data_ptr().expose_provenance() as u64, len))
+}
+
 fn find() -> Result<PathBuf, Error> {
     // Touch libtorch, so that it is among the mapped files.
     let _ = tch::utils::has_cuda();

@@ -2,8 +2,10 @@
 //!
 //! A moment is an index into 256 values that are dense around zero, and 256 neighbours share a scale: 2 bytes and 8/256 a parameter
 //! instead of 8. Each step decodes, updates and encodes a block at a time ([`peft_codec::AdamW8`]). Of tensors with fewer
-//! than [`SMALLEST`] numbers the moments stay in fp32, where they weigh nothing.
+//! than [`SMALLEST`] numbers the moments stay in fp32, where they weigh nothing. On a GPU all tensors are stepped in one launch
+//! ([`peft_cuda::adamw`]), by the same rules to the bit.
 
+use crate::cuda;
 use half::bf16;
 use peft_codec::{AdamW8, Compat, STATE_BLOCK};
 use peft_torch::memory::{with_slice, with_slice_mut};
@@ -33,12 +35,21 @@ impl Moments8 {
     /// The state before the first step; `None` for a tensor that keeps it in fp32.
     ///
     /// # Errors
-    /// If the tensor is not of fp32 or bf16 in main memory.
+    /// If the tensor is not of fp32 or bf16, or on a GPU without the kernels.
     pub(crate) fn of(param: &Tensor) -> Result<Option<Moments8>, TchError> {
-        if param.device() != Device::Cpu {
-            return Err(TchError::Torch(
-                "AdamW with 8-bit states runs on the processor alone in this build".into(),
-            ));
+        let device = param.device();
+        match device {
+            Device::Cpu => {}
+            Device::Cuda(ordinal) => peft_cuda::prepare(ordinal as i32).map_err(|error| {
+                TchError::Torch(format!(
+                    "the kernels of AdamW with 8-bit states are not there ({error}); `paged_adamw_8bit` steps in main memory"
+                ))
+            })?,
+            other => {
+                return Err(TchError::Torch(format!(
+                    "AdamW with 8-bit states has no kernels for {other:?}; `paged_adamw_8bit` steps in main memory"
+                )));
+            }
         }
         if !matches!(param.kind(), Kind::Float | Kind::BFloat16) {
             return Err(TchError::Kind(format!(
@@ -50,9 +61,9 @@ impl Moments8 {
         if n < SMALLEST {
             return Ok(None);
         }
-        let codes = || Tensor::zeros([n as i64], (Kind::Uint8, Device::Cpu));
+        let codes = || Tensor::zeros([n as i64], (Kind::Uint8, device));
         let blocks = n.div_ceil(STATE_BLOCK) as i64;
-        let scales = || Tensor::zeros([blocks], (Kind::Float, Device::Cpu));
+        let scales = || Tensor::zeros([blocks], (Kind::Float, device));
         Ok(Some(Moments8 {
             state1: codes(),
             state2: codes(),
@@ -62,14 +73,15 @@ impl Moments8 {
         }))
     }
 
-    /// One step on the tensor with its gradient.
-    pub(crate) fn step(&mut self, adam: AdamW8, param: &mut Tensor) -> Result<(), TchError> {
-        let grad = param.grad();
-        if !grad.defined() {
-            return Ok(());
-        }
+    /// Which step comes next, from 1.
+    pub(crate) fn count(&mut self) -> u64 {
         let _ = self.step.g_add_scalar_(1.0);
-        let t = self.step.double_value(&[]) as u64;
+        self.step.double_value(&[]) as u64
+    }
+
+    /// One step on a tensor in main memory.
+    fn step(&mut self, adam: AdamW8, param: &Tensor, grad: &Tensor) -> Result<(), TchError> {
+        let t = self.count();
         let grad = grad.to_kind(Kind::Float);
         let mut param = param.detach();
         with_slice(&grad, |grads: &[f32]| match param.kind() {
@@ -112,6 +124,23 @@ impl Moments8 {
             .flatten()?
             .map_err(|error| TchError::Shape(error.to_string()))
     }
+}
+
+/// A tensor, its gradient, and what is remembered of it.
+pub(crate) type Stepped<'a> = (Tensor, Tensor, &'a mut Moments8);
+
+/// One step of every tensor.
+pub(crate) fn step(adam: AdamW8, all: &mut [Stepped<'_>]) -> Result<(), TchError> {
+    let (mut away, mut here): (Vec<_>, Vec<_>) =
+        all.iter_mut().partition(|it| it.0.device().is_cuda());
+    for (param, grad, moments) in &mut here {
+        moments.step(adam, param, grad)?;
+    }
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let mut same: Vec<_> = away.iter_mut().filter(|it| it.0.kind() == kind).collect();
+        cuda::step(adam, &mut same).map_err(|error| TchError::Torch(error.to_string()))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -31,10 +31,12 @@
 //! ```
 
 mod checkpoint;
+mod cuda;
 mod curve;
 mod data;
 mod eight_bits;
 mod error;
+mod ffi;
 mod log;
 mod objective;
 mod optimizer;

@@ -8,9 +8,9 @@
 use peft_codec::AdamW8;
 use peft_core::Param;
 use peft_torch::{AdamW, Moments, drop_grad};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::eight_bits::Moments8;
+use crate::eight_bits::{self, Moments8};
 use crate::error::{Error, Result};
 use crate::settings::{Optim, Settings};
 
@@ -30,6 +30,8 @@ pub(crate) struct Entry {
     pub(crate) tensor: Tensor,
     pub(crate) moments: Remembered,
     decays: bool,
+    /// A copy in main memory, which is what is stepped.
+    paged: Option<Tensor>,
 }
 
 /// What AdamW remembers of one tensor.
@@ -43,9 +45,9 @@ pub(crate) enum Remembered {
 
 impl Remembered {
     fn of(param: &Tensor, optim: Optim) -> Result<Remembered> {
-        let eight = match optim {
-            Optim::AdamwTorch => None,
-            Optim::Adamw8bit => Moments8::of(param)?,
+        let eight = match optim.in_8_bits() {
+            false => None,
+            true => Moments8::of(param)?,
         };
         Ok(match eight {
             Some(it) => Remembered::Eight(it),
@@ -68,6 +70,42 @@ impl Remembered {
     }
 }
 
+impl Entry {
+    fn new(param: &Param, optim: Optim) -> Result<Entry> {
+        let tensor = param.tensor.shallow_clone();
+        let away = optim.paged() && tensor.device() != Device::Cpu;
+        let paged = away.then(|| tensor.detach().to_device(Device::Cpu));
+        Ok(Entry {
+            key: key(param),
+            moments: Remembered::of(paged.as_ref().unwrap_or(&tensor), optim)?,
+            decays: !param.norm && decays(&key(param)),
+            tensor,
+            paged,
+        })
+    }
+
+    /// What is stepped, with its gradient, if there is one.
+    fn pair(&mut self) -> Option<(Tensor, Tensor)> {
+        let grad = self.tensor.grad();
+        grad.defined().then(|| match &mut self.paged {
+            None => (self.tensor.shallow_clone(), grad),
+            Some(copy) => {
+                copy.copy_(&self.tensor.detach()); // methods change what they train, too
+                (copy.shallow_clone(), grad.to_device(Device::Cpu))
+            }
+        })
+    }
+
+    /// After a step, brings its result to where the tensor is.
+    fn unpage(&mut self) {
+        if let Some(copy) = &self.paged
+            && self.tensor.grad().defined()
+        {
+            tch::no_grad(|| self.tensor.copy_(copy));
+        }
+    }
+}
+
 impl Optimizer {
     /// For the tensors of `params` that require a gradient; one that is reached by two names is taken once.
     pub fn new(params: &[Param], settings: &Settings) -> Result<Optimizer> {
@@ -76,12 +114,7 @@ impl Optimizer {
             if entries.iter().any(|it| same(&it.tensor, &param.tensor)) {
                 continue;
             }
-            entries.push(Entry {
-                key: key(param),
-                tensor: param.tensor.shallow_clone(),
-                moments: Remembered::of(&param.tensor, settings.optim)?,
-                decays: !param.norm && decays(&key(param)),
-            });
+            entries.push(Entry::new(param, settings.optim)?);
         }
         if entries.is_empty() {
             return Err(Error::Nothing(
@@ -142,14 +175,21 @@ impl Optimizer {
                 eps: self.adam.eps as f32,
                 weight_decay: decay as f32,
             };
-            let mut params: Vec<(&mut Tensor, &mut Moments)> = Vec::new();
+            let (mut whole, mut eights) = (Vec::new(), Vec::new());
             for entry in self.entries.iter_mut().filter(|it| it.decays == group) {
+                let Some((param, grad)) = entry.pair() else {
+                    continue;
+                };
                 match &mut entry.moments {
-                    Remembered::Whole(moments) => params.push((&mut entry.tensor, moments)),
-                    Remembered::Eight(moments) => moments.step(eight, &mut entry.tensor)?,
+                    Remembered::Whole(moments) => whole.push((param, grad, moments)),
+                    Remembered::Eight(moments) => eights.push((param, grad, moments)),
                 }
             }
-            self.adam.step(&mut params, learning_rate, decay)?;
+            self.adam.step_with(&mut whole, learning_rate, decay)?;
+            eight_bits::step(eight, &mut eights)?;
+        }
+        for entry in &mut self.entries {
+            entry.unpage();
         }
         Ok(())
     }
@@ -207,7 +247,6 @@ pub fn decays(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::Device;
 
     fn param(at: &str, tensor: &Tensor) -> Param {
         Param {
@@ -256,6 +295,45 @@ mod tests {
         assert!((optimizer.grad_norm().double_value(&[]) - 1.0).abs() < 1e-5);
         optimizer.clip(0.5);
         assert!((optimizer.grad_norm().double_value(&[]) - 1.0).abs() < 1e-5);
+    }
+
+    /// A copy is stepped in the tensor's place: as if the tensor were on a GPU.
+    #[test]
+    fn paged_steps_are_steps() {
+        for (optim, paged) in [
+            (Optim::AdamwTorch, Optim::PagedAdamw32bit),
+            (Optim::Adamw8bit, Optim::PagedAdamw8bit),
+        ] {
+            tch::manual_seed(1);
+            let random = || Tensor::randn([70, 80], (Kind::Float, Device::Cpu));
+            let (start, target) = (random(), random());
+            let [mut plain, mut away] = [optim, paged].map(|optim| {
+                let tensor = start.copy().set_requires_grad(true);
+                let settings = Settings {
+                    optim,
+                    weight_decay: 0.1,
+                    ..Settings::default()
+                };
+                Optimizer::new(&[param("a", &tensor)], &settings).unwrap()
+            });
+            let entry = &mut away.entries[0];
+            entry.paged = Some(entry.tensor.detach().copy());
+            for _ in 0..5 {
+                for it in [&mut plain, &mut away] {
+                    it.zero_grad();
+                    let loss = (&it.entries[0].tensor - &target).square().sum(Kind::Float);
+                    loss.backward();
+                    it.step(1e-2).unwrap();
+                }
+                // A method changes its tensors besides.
+                for it in [&plain, &away] {
+                    let _ = tch::no_grad(|| it.entries[0].tensor.get(3).zero_());
+                }
+            }
+            let [plain, away] = [plain, away].map(|it| it.entries[0].tensor.detach());
+            assert!(plain.equal(&away), "{paged:?}");
+            assert!(!plain.equal(&start));
+        }
     }
 
     #[test]

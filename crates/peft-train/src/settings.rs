@@ -89,6 +89,27 @@ pub enum Optim {
     /// In 8 bits, of tensors with 4096 numbers or more.
     #[serde(rename = "adamw_8bit", alias = "adamw_bnb_8bit")]
     Adamw8bit,
+    /// As [`Optim::AdamwTorch`], but in main memory, wherever the model is.
+    #[serde(rename = "paged_adamw_32bit", alias = "paged_adamw")]
+    PagedAdamw32bit,
+    /// As [`Optim::Adamw8bit`], but in main memory, wherever the model is.
+    #[serde(rename = "paged_adamw_8bit")]
+    PagedAdamw8bit,
+}
+
+impl Optim {
+    /// Whether moments are in 8 bits.
+    pub fn in_8_bits(self) -> bool {
+        matches!(self, Optim::Adamw8bit | Optim::PagedAdamw8bit)
+    }
+
+    /// Whether moments stay in main memory.
+    ///
+    /// `bitsandbytes` lets the driver move them there when the GPU is full. Here they never leave it, and steps are taken there:
+    /// of a few million numbers it takes milliseconds.
+    pub fn paged(self) -> bool {
+        matches!(self, Optim::PagedAdamw32bit | Optim::PagedAdamw8bit)
+    }
 }
 
 impl Default for Settings {

@@ -116,7 +116,7 @@ fn may_know(from: &str, to: &str, dev: bool) -> bool {
 }
 
 /// The pairs beside each other that know each other, each with its reason.
-const NEIGHBOURS: [(&str, &str); 8] = [
+const NEIGHBOURS: [(&str, &str); 10] = [
     // A GGUF file is one of the containers that a model is read from.
     ("peft-models", "peft-gguf"),
     // The loop is where a model meets data; what it trains, it does not know.
@@ -129,6 +129,9 @@ const NEIGHBOURS: [(&str, &str); 8] = [
     // Numbers in few bits are arithmetic on slices: of weights, and of the optimiser's moments.
     ("peft-quant", "peft-codec"),
     ("peft-train", "peft-codec"),
+    // Both have kernels of their own on a GPU.
+    ("peft-quant", "peft-cuda"),
+    ("peft-train", "peft-cuda"),
     // Sharded training is training.
     ("peft-dist", "peft-train"),
 ];

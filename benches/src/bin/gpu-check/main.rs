@@ -2,8 +2,10 @@
 //!
 //! Wants this program, libtorch with its CUDA half, and a driver; ends with 1 if a result differs, or without a GPU. Results must be
 //! equal to the bit, but for products, whose sums have an order of their own: those are compared with sums in fp64. Every buffer lies
-//! between bytes that must not change. Times are medians of 50 runs by the device's clock, over several weights in turn, so that
+//! between bytes that must not change. Layers in 4 bits and the optimiser are compared besides, as a run uses them. Times are medians of 50 runs by the device's clock, over several weights in turn, so that
 //! none is in a cache; "of copy" is bytes read and written a second over those of a copy on the device in the same minute.
+
+mod layers;
 
 use std::{
     process::ExitCode,
@@ -280,6 +282,7 @@ fn checks(stream: &Stream, table: &mut Table) -> Result<()> {
             table.case("nest", nests(stream, &scales));
         }
     }
+    layers::checks(Device::Cuda(stream.device() as usize), table);
     Ok(())
 }
 
