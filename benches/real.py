@@ -18,10 +18,19 @@ from safetensors.torch import load_file
 STANDARD = {"weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
-def base(args, classes):
+def base(args, classes, dtype):
     if classes:
         return transformers.AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=classes)
-    return transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    if dtype == "nf4":
+        import peft
+
+        bits = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+        )
+        model = read(args.model, dtype=torch.bfloat16, quantization_config=bits)
+        return peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return read(args.model, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
 
 
 def dressed(model, adapter, classes, steps):
@@ -90,7 +99,7 @@ def train(args, method, plan, start):
     torch.manual_seed(args.seed)
     classes, steps, held = plan["classes"].item(), batches(plan, "train."), batches(plan, "held.")
     adapter = method.get("adapter")
-    model = dressed(base(args, classes), adapter, classes, len(steps))
+    model = dressed(base(args, classes, method.get("dtype", "fp32")), adapter, classes, len(steps))
     if start:
         begin_with(model, start)
     peak = method["learning_rate"]

@@ -74,6 +74,7 @@ fn measure(args: &Args, settings: &Settings) -> Result<()> {
             without_dropout(&model::ensure_encoder()?, &folder)?,
         ),
         ("smollm2", model::ensure()?),
+        ("in-bits", model::ensure()?),
     ]);
     for (name, task) in &settings.tasks {
         if args.task.as_ref().is_some_and(|it| it != name) {
@@ -190,6 +191,7 @@ fn table(settings: &Settings) -> Result<String> {
             continue;
         };
         page += &section(settings, task, &runs);
+        page += &beside(settings, task, &runs);
         if let Some(more) = read(&raw(&format!("{name}-more")))? {
             page += &more_seeds(settings, &runs, &more);
         }
@@ -207,6 +209,29 @@ fn read(path: &Path) -> Result<Option<Vec<Value>>> {
     Ok(Some(
         runs.with_context(|| format!("at `{}`", paths::short(path)))?,
     ))
+}
+
+/// How two methods of a task, `beside`, compare on each side: the quotient of their mean losses.
+fn beside(settings: &Settings, task: &Value, runs: &[Value]) -> String {
+    let names: Vec<&str> = task["beside"].as_array().map_or(Vec::new(), |all| {
+        all.iter().filter_map(Value::as_str).collect()
+    });
+    let [one, other] = names[..] else {
+        return String::new();
+    };
+    let quotient = |who: &str| {
+        let loss = |method| Some(mean(&Side::of(runs, method, who)?.losses));
+        Some(loss(one)? / loss(other)?)
+    };
+    let (Some(python), Some(ours)) = (quotient("python"), quotient("ours")) else {
+        return String::new();
+    };
+    let title = |method: &str| text(&settings.methods[method], "title").to_owned();
+    format!(
+        "\nThe loss of {} over that of {}: Python {python:.3}, ours {ours:.3}.\n",
+        title(one),
+        title(other)
+    )
 }
 
 /// Where three seeds were too few to tell two sides apart: all seeds that were run.
@@ -248,7 +273,8 @@ Settings are in [real.json](real.json), every single run with its losses is in [
 - **apart**: how far the two means are apart, in standard deviations of Python's seeds.
 - **same start**: how far the two losses of seed 0 are apart where Python begins with our first values. What is left is
   rounding, carried through all steps.
-  Prompt and P-tuning amplify it: their losses agree to 1e-6 for the first steps and drift apart from there.
+  Prompt and P-tuning amplify it: their losses agree to 1e-6 for the first steps and drift apart from there. In bf16 each product
+  is rounded to three digits, in an order of its own.
 - Python's part of BitFit is written out in [real.py](real.py), since `peft` has no such method.
 ";
 

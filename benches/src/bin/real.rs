@@ -10,9 +10,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
+use peft::quant::{Compat, Format, Four, Scheme};
 use peft_core::{Ctx, ModelExt, Param, State, Tuner, files, tensors};
 use peft_data::{Holdout, Pass, Plan, Side, Targets, TaskOptions, Tokenizer};
-use peft_models::{HeadOptions, Input, Labels, Network, OpenOptions, Source, Task, open_task};
+use peft_models::{HeadOptions, Input, Labels, Network, OpenOptions, Source, Task, open_task_in};
 use peft_torch::memory;
 use peft_train::{Optimizer, Schedule, Settings};
 use serde_json::{Map, Value, json};
@@ -266,12 +267,28 @@ fn train(
         seed,
         ..HeadOptions::default()
     };
+    let (kind, format) = match method["dtype"].as_str() {
+        None => (Kind::Float, Format::as_stored()),
+        Some("bf16") => (Kind::BFloat16, Format::as_stored()),
+        // As `bitsandbytes` encodes on a processor, and `prepare_model_for_kbit_training` leaves the rest.
+        Some("nf4") => {
+            let four = Four {
+                compat: Compat::Cpu,
+                ..Four::NF4
+            };
+            let compute = Some(Kind::BFloat16);
+            let format = Format::of(Scheme::Four(four));
+            (Kind::Float, Format { compute, ..format })
+        }
+        Some(other) => bail!("no dtype `{other}`"),
+    };
     let options = OpenOptions {
-        kind: Some(Kind::Float),
+        kind: Some(kind),
         ..OpenOptions::default()
     };
     tch::manual_seed(seed as i64);
-    let mut model = open_task(&Source::Folder(folder.to_owned()), task, options, &head)?;
+    let source = Source::Folder(folder.to_owned());
+    let mut model = open_task_in(&source, task, options, &head, &format)?;
     let batches_of = |prefix| batches(plan, prefix);
     let (steps, held) = (batches_of("train."), batches_of("held."));
     let mut trained = dress(&mut *model, &method["adapter"], task, steps.len())?;

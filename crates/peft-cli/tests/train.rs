@@ -546,5 +546,9 @@ fn a_base_that_loftq_changed_goes_on_with_the_run() {
     assert!(world.bits("resumed") == world.bits("whole"));
     let info = std::fs::read_to_string(dir.join("whole/run.json")).unwrap();
     assert!(info.contains("whole/base"), "{info}");
+    // So is the adapter's: on the dense model it would mean nothing.
+    let config = std::fs::read_to_string(dir.join("whole/adapter/adapter_config.json")).unwrap();
+    assert!(config.contains("whole/base\""), "{config}");
+    good(dir, &["eval", "whole/adapter", "--data", &world.data]);
     good(dir, &["eval", "whole", "--data", &world.data]);
 }

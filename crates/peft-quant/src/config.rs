@@ -33,14 +33,19 @@ pub struct Four {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Eight;
 
-impl Scheme {
+impl Four {
     /// NF4, blocks of 64, scales quantised: what the QLoRA paper trains with.
-    pub const NF4: Scheme = Scheme::Four(Four {
+    pub const NF4: Four = Four {
         kind: Type::Nf4,
         block: Block::USUAL,
         double_quant: true,
         compat: Compat::Cuda,
-    });
+    };
+}
+
+impl Scheme {
+    /// [`Four::NF4`].
+    pub const NF4: Scheme = Scheme::Four(Four::NF4);
 
     /// 8 bits.
     pub const INT8: Scheme = Scheme::Eight(Eight);

@@ -240,6 +240,11 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let tokenizer = sources.tokenizer()?;
     let stored = sources.base.config()?.get("quantization_config").is_some();
     plan.quantize(stored && own_base.is_none())?;
+    if plan.residual()?.is_some_and(Residual::changes_base) {
+        let run = args.resume.clone().unwrap_or_else(|| args.folder(&plan));
+        let base = std::path::absolute(run.join(BASE))?;
+        plan.own_base = Some(base.to_string_lossy().into_owned());
+    }
     let (place, mut format) = placement(&plan, &sources)?;
     if own_base.is_some() {
         format.scheme = None; // it is in few bits already

@@ -142,6 +142,8 @@ pub(crate) struct Plan {
     pub(crate) settings: Settings,
     /// Somebody said which learning rate.
     pub(crate) rate_given: bool,
+    /// Where the base will be that LoftQ or QPiSSA makes of the model: the adapter means nothing without it.
+    pub(crate) own_base: Option<String>,
 }
 
 impl Plan {
@@ -410,7 +412,11 @@ impl Plan {
         json.insert("task_type".into(), task_type.into());
         json.insert(
             "base_model_name_or_path".into(),
-            self.recipe.model.as_str().into(),
+            self.own_base
+                .as_ref()
+                .unwrap_or(&self.recipe.model)
+                .as_str()
+                .into(),
         );
         json.shift_remove(PREFIX_INIT_TEXT);
         if self.residual()?.is_some() {
