@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use clap::ValueEnum;
-use peft::core::{Model, Slot};
+use peft::core::{Model, Slot, nearest};
+use peft::models::{Source, Task, linear_layers};
 use peft::quant::{Block, Compat, Format, Four, Scheme, Type};
 use peft::tch::Device;
 use serde::{Deserialize, Serialize};
@@ -109,6 +110,31 @@ impl Quantization {
             skip: self.skip.clone(),
             ..Format::of(scheme)
         })
+    }
+
+    /// Refuses a layer that is to be skipped and is not there.
+    pub(crate) fn must_fit(&self, source: &Source, task: Task) -> Result<()> {
+        let usual = Quantization::default().skip;
+        if self.skip.iter().all(|it| usual.contains(it)) {
+            return Ok(());
+        }
+        let names = linear_layers(source, task)?;
+        let format = |name: &String| Format {
+            skip: vec![name.clone()],
+            ..Format::as_stored()
+        };
+        for name in self.skip.iter().filter(|it| !usual.contains(it)) {
+            if !names.iter().any(|at| format(name).keeps_dense(at)) {
+                let parts = names
+                    .iter()
+                    .flat_map(|at| at.split('.').chain([at.as_str()]));
+                let hint = nearest(name, parts);
+                return Err(usage(format!(
+                    "no linear layer to skip is called `{name}`{hint}"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// In a line.

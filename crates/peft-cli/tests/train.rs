@@ -524,6 +524,28 @@ fn a_run_on_four_bits_remembers_its_base() {
     let loftq = ["--set", "init_lora_weights=loftq", "--out", "no"];
     let (code, said) = bad(dir, &world.train(&loftq));
     assert!(code == 2 && said.contains("loftq"), "{said}");
+    let skip = [
+        "quantize",
+        model,
+        "--out",
+        "no",
+        "--skip",
+        "lm_head,down_prj",
+    ];
+    let (code, said) = bad(dir, &skip);
+    assert!(
+        code == 2 && said.contains("nearest is `down_proj`"),
+        "{said}"
+    );
+    let skip = [
+        "--set",
+        "quantization={type: nf4, skip: [layers.7]}",
+        "--out",
+        "no",
+    ];
+    let (code, said) = bad(dir, &world.train(&skip));
+    assert!(code == 2 && said.contains("`layers.7`"), "{said}");
+    assert!(!dir.join("no").exists());
     assert!(!dir.join("no").exists());
 }
 

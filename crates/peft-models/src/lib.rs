@@ -58,7 +58,7 @@ pub use generate::{
 };
 pub use input::Input;
 pub use loss::{IGNORE, causal_loss, head_loss, labelled};
-pub use made_up::{MadeUp, build};
+pub use made_up::{MadeUp, build, linear_layers};
 pub use open::{OpenOptions, Source, open, open_source, open_source_in, open_task, open_task_in};
 pub use rope::Rope;
 pub use save::{parameters, save, save_sharded};

@@ -1,10 +1,10 @@
 //! A source of weights that nobody trained: for sizes, and for measuring what a model would need.
 
-use peft_core::{BaseFormat, Error, Result, Weights};
+use peft_core::{BaseFormat, Error, Result, Slot, Weights};
 use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
-use crate::{HeadOptions, Network, Task, assemble, config::Keys};
+use crate::{HeadOptions, Network, Source, Task, assemble, config::Keys, open::keys};
 
 /// Weights of any name and shape.
 #[derive(Debug)]
@@ -62,6 +62,21 @@ impl Weights for MadeUp {
     fn has(&self, _: &str) -> bool {
         false // so heads are made up, too, and names have no root
     }
+}
+
+/// The names of the linear layers that the model at `source` will have, found without its weights.
+pub fn linear_layers(source: &Source, task: Task) -> Result<Vec<String>> {
+    let keys = keys(source)?;
+    assemble::offers(&keys, task)?;
+    let mut weights = MadeUp::hollow(Kind::Float);
+    let built = assemble::network(&keys, &mut weights, task, &HeadOptions::default())?;
+    let mut names = Vec::new();
+    built.network().slots(&mut |at, slot| {
+        if let Slot::Linear(_) = slot {
+            names.push(at.to_owned());
+        }
+    });
+    Ok(names)
 }
 
 /// Builds the model that a `config.json` describes out of any source, its layers in a format.

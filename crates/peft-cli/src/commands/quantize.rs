@@ -82,6 +82,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     .find()?;
     let task = sources.task(None).unwrap_or(Task::CausalLm);
+    wish.must_fit(&sources.base, task)?;
     let held = tempfile::tempdir().context("a temporary folder")?;
     let options = OpenOptions {
         kind: args.dtype.kind(),

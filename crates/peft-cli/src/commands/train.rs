@@ -250,6 +250,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         format.scheme = None; // it is in few bits already
     }
     let task = task_of(&plan, &sources)?;
+    if let Some(wish) = plan.quantization() {
+        wish.must_fit(&sources.base, task)?;
+    }
     if matches!(task, Task::SeqCls | Task::TokenCls | Task::QuestionAns) {
         plan.for_heads()?;
     }
