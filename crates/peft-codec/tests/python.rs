@@ -144,8 +144,8 @@ fn eight_bits_are_those_of_bitsandbytes() {
     }
 }
 
-/// The steps of `AdamW8bit` on a CPU, which are torch's operations on whole tensors. States are equal to the bit. Which of its
-/// operations on parameters a compiler fused is not known; each step may round one the other way.
+/// The steps of `AdamW8bit` on a CPU, which are torch's operations on whole tensors. States are equal to the bit. Parameters are but
+/// for torch's square roots: those are MKL's, which rounds one in two hundred the other way.
 #[test]
 fn steps_of_adamw_are_those_of_bitsandbytes() {
     let bytes = file("adamw8.safetensors");
