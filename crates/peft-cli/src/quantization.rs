@@ -7,10 +7,14 @@ use peft::models::{Source, Task, linear_layers};
 use peft::quant::{Block, Compat, Format, Four, Scheme, Type};
 use peft::tch::Device;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::error::usage;
 
-/// The key of `run.json`.
+/// The key of `config.json`.
+pub(crate) const CONFIG: &str = "quantization_config";
+
+/// The key of `run.json`, and the setting.
 pub(crate) const QUANTIZATION: &str = "quantization";
 
 /// A way to keep linear layers.
@@ -46,7 +50,7 @@ impl Default for Quantization {
             bits: Bits::Nf4,
             double_quant: true,
             block_size: 64,
-            skip: vec!["lm_head".into()],
+            skip: Format::of(Scheme::NF4).skip,
         }
     }
 }
@@ -72,6 +76,42 @@ pub(crate) enum Word {
 }
 
 impl Wish {
+    /// Says what is wrong with a value of the setting, and where.
+    pub(crate) fn check(value: &Value) -> Result<()> {
+        const WORDS: [&str; 4] = ["nf4", "fp4", "int8", "none"];
+        const KEYS: [&str; 4] = ["type", "double_quant", "block_size", "skip"];
+        match value {
+            Value::Null => Ok(()),
+            Value::String(word) if WORDS.contains(&word.as_str()) => Ok(()),
+            Value::String(word) => Err(usage(format!(
+                "setting `{QUANTIZATION}`: `{word}` is none of {}{}",
+                WORDS.join(", "),
+                nearest(&word.to_lowercase(), WORDS)
+            ))),
+            Value::Object(map) => {
+                if let Some(key) = map.keys().find(|key| !KEYS.contains(&key.as_str())) {
+                    return Err(usage(format!(
+                        "setting `{QUANTIZATION}`: unknown key `{key}`{}",
+                        nearest(key, KEYS)
+                    )));
+                }
+                let all: Quantization = serde_json::from_value(value.clone())
+                    .map_err(|error| usage(format!("setting `{QUANTIZATION}`: {error}")))?;
+                let four = ["double_quant", "block_size"];
+                match four.iter().find(|key| map.contains_key(**key)) {
+                    Some(key) if all.bits == Bits::Int8 => Err(usage(format!(
+                        "setting `{QUANTIZATION}`: `{key}` is of 4 bits; int8 has one scale a row"
+                    ))),
+                    _ => all.format().map(drop),
+                }
+            }
+            other => Err(usage(format!(
+                "setting `{QUANTIZATION}`: {other} is none of {}, or keys and values such as `{{type: nf4, block_size: 128}}`",
+                WORDS.join(", ")
+            ))),
+        }
+    }
+
     /// What is wished for; `None`: the base as it is stored.
     pub(crate) fn quantization(&self) -> Option<Quantization> {
         let of = |bits| {
@@ -112,6 +152,28 @@ impl Quantization {
         })
     }
 
+    /// How a folder keeps its layers, from `config.json`, which does not say the size of blocks; `None`: dense.
+    pub(crate) fn stored(config: &Value) -> Option<Quantization> {
+        let found = config.get(CONFIG)?.as_object()?;
+        let flag = |key: &str| found.get(key).and_then(Value::as_bool).unwrap_or(false);
+        let usual = Quantization::default();
+        let skip = found.get("llm_int8_skip_modules").and_then(Value::as_array);
+        let names = |all: &Vec<Value>| {
+            let names = all.iter().filter_map(Value::as_str);
+            names.map(str::to_owned).collect()
+        };
+        Some(Quantization {
+            bits: match found.get("bnb_4bit_quant_type").and_then(Value::as_str) {
+                _ if flag("load_in_8bit") => Bits::Int8,
+                Some("fp4") => Bits::Fp4,
+                _ => Bits::Nf4,
+            },
+            double_quant: flag("bnb_4bit_use_double_quant"),
+            skip: skip.map_or(usual.skip.clone(), names),
+            ..usual
+        })
+    }
+
     /// Refuses a layer that is to be skipped and is not there.
     pub(crate) fn must_fit(&self, source: &Source, task: Task) -> Result<()> {
         let usual = Quantization::default().skip;
@@ -119,6 +181,14 @@ impl Quantization {
             return Ok(());
         }
         let names = linear_layers(source, task)?;
+        if names
+            .iter()
+            .all(|at| self.format().is_ok_and(|it| it.keeps_dense(at)))
+        {
+            return Err(usage(
+                "every linear layer is to be skipped, so there is nothing to quantise",
+            ));
+        }
         let format = |name: &String| Format {
             skip: vec![name.clone()],
             ..Format::as_stored()
@@ -153,6 +223,27 @@ impl Quantization {
     }
 }
 
+/// In a line, how a model keeps its linear layers, if not dense.
+pub(crate) fn in_bits(model: &mut (impl Model + ?Sized)) -> Option<String> {
+    let mut found = None;
+    model.slots(&mut |_, slot| {
+        if let (None, Slot::Linear(it)) = (&found, slot) {
+            found = it.base().stored().map(|it| it.config);
+        }
+    });
+    let stored = Quantization::stored(&json!({CONFIG: found?}))?;
+    let double = if stored.double_quant {
+        ", scales in 8 bits"
+    } else {
+        ""
+    };
+    Some(match stored.bits {
+        Bits::Int8 => "linear layers in 8 bits".to_owned(),
+        Bits::Nf4 => format!("linear layers in NF4{double}"),
+        Bits::Fp4 => format!("linear layers in FP4{double}"),
+    })
+}
+
 /// Says so where libtorch's operations decode weights on a GPU, for want of the kernels.
 pub(crate) fn say_what_decodes(device: Device, model: &mut dyn Model) {
     let Device::Cuda(ordinal) = device else {
@@ -172,7 +263,7 @@ pub(crate) fn say_what_decodes(device: Device, model: &mut dyn Model) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, from_value, json};
+    use serde_json::from_value;
 
     #[test]
     fn a_word_or_all_of_it() {

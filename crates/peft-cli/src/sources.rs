@@ -27,6 +27,7 @@ use tempfile::TempDir;
 
 use crate::{
     args::Placement,
+    commands::train::BASE,
     error::usage,
     quantization::{QUANTIZATION, Quantization, say_what_decodes},
 };
@@ -186,7 +187,8 @@ impl SourceArgs {
         let own = match (whole, self.best) {
             (true, true) => Some(run.best()),
             (true, false) => Some(run.adapter()),
-            (false, _) => None,
+            // Wherever the run is now.
+            (false, _) => Some(run.dir().join(BASE)).filter(|it| it.is_dir()),
         };
         let own = own.map(|dir| dir.to_string_lossy().into_owned());
         let model = self.base.model.clone().or(own).unwrap_or(info.base_model);
@@ -571,6 +573,17 @@ pub(crate) fn base_of(dir: &Path) -> Result<String> {
         .get("base_model_name_or_path")
         .and_then(|it| it.as_str());
     let name = name.filter(|it| !it.is_empty());
+    // A run that was moved has taken its own base along.
+    let beside = dir
+        .parent()
+        .map(|run| run.join(BASE))
+        .filter(|it| it.is_dir());
+    if let (Some(name), Some(beside)) = (name, beside)
+        && Path::new(name).ends_with(BASE)
+        && !Path::new(name).exists()
+    {
+        return Ok(beside.to_string_lossy().into_owned());
+    }
     name.map(str::to_owned).with_context(|| {
         format!(
             "{}: no `base_model_name_or_path`; name the base with `--model`",

@@ -70,6 +70,10 @@ pub fn convert(
             fs::copy(path, &to).map_err(Error::io(path))?;
         }
         let mut json = keys.json.clone();
+        if let (Some(kind), Some(map)) = (options.kind, json.as_object_mut()) {
+            map.remove("torch_dtype");
+            map.insert("dtype".into(), json!(save::dtype_name(kind)));
+        }
         if let Some(map) = json.as_object_mut() {
             save::describe(map, config, &dense, &spec);
         }

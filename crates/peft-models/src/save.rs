@@ -14,7 +14,7 @@ use std::{
 use peft_core::{Error, Result, Slot, Spec, files, tensors::dtype};
 use peft_torch::memory::with_bytes;
 use serde_json::{Map, Value, json};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::{
     Network,
@@ -85,11 +85,7 @@ fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) ->
     }
     let mut config = model.config().clone();
     config["tie_word_embeddings"] = tied.into();
-    let kind = dtype(model.kind()).map(|it| match it {
-        safetensors::Dtype::F32 => "float32",
-        safetensors::Dtype::BF16 => "bfloat16",
-        _ => "float16",
-    });
+    let kind = dtype_name(model.kind());
     if let Some(map) = config.as_object_mut() {
         map.remove("torch_dtype");
         map.insert("dtype".into(), json!(kind));
@@ -97,6 +93,16 @@ fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) ->
     }
     files::write_json(&dir.join("config.json"), &config)?;
     write_shards(&tensors, dir, limit)
+}
+
+/// As `config.json` calls a dtype.
+pub(crate) fn dtype_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Double => "float64",
+        Kind::BFloat16 => "bfloat16",
+        Kind::Half => "float16",
+        _ => "float32",
+    }
 }
 
 /// The key of `quantization_config` for the layers that are dense.
@@ -120,7 +126,9 @@ pub(crate) fn describe(
             place(&spec.output_embedding) || place(&spec.task_head)
         };
         if !dense.iter().all(|at| is_head(at)) {
-            new[SKIPPED] = dense.into();
+            // Of a head that is the input embedding, too: to Python it is one of the layers.
+            let tied = spec.output_embedding.iter().filter(|_| spec.tied);
+            new[SKIPPED] = dense.iter().chain(tied).cloned().collect();
         }
         let old = old.as_ref().and_then(Value::as_object);
         let same = old.filter(|it| it.get("load_in_4bit") == new.get("load_in_4bit"));

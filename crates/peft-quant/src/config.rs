@@ -100,11 +100,12 @@ impl Format {
         }
     }
 
-    /// Every linear layer but the output head in this scheme, as `transformers` does it.
+    /// Every linear layer in this scheme but the heads, and but T5's `wo`, which `transformers` keeps in fp32.
     pub fn of(scheme: Scheme) -> Format {
+        let dense = ["lm_head", "classifier", "score", "qa_outputs", "wo"];
         Format {
             scheme: Some(scheme),
-            skip: vec!["lm_head".into()],
+            skip: dense.map(str::to_owned).to_vec(),
             compute: None,
             compat: Compat::default(),
         }

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! The method knows factors and the base format knows bits; here they meet. Python's LoftQ leaves s out, and is right for α = r
-//! alone. With one round of LoftQ the base is the one that would have been there anyway; with more, and with QPiSSA,
-//! it is another, which must be saved for the adapter to mean anything.
+//! alone. The adapter means nothing but on that base: with one round of LoftQ it is the one that would have been there anyway; with
+//! more, and with QPiSSA, it is another.
 
 use std::collections::BTreeMap;
 
@@ -27,13 +27,6 @@ pub enum Residual {
     },
     /// The largest directions of the weight; what is left is quantised.
     Pissa,
-}
-
-impl Residual {
-    /// Whether the base becomes another than the one that was quantised to begin with.
-    pub fn changes_base(self) -> bool {
-        self != Residual::Loftq { rounds: 1 }
-    }
 }
 
 /// Lets the LoRA called `name`, which is attached and not trained yet, begin so; `dense` is the same model with the weights that
@@ -101,7 +94,7 @@ pub fn begin_at_residual(
             "there is no LoRA on a base in few bits to begin so".to_owned(),
         ));
     }
-    Ok(how.changes_base())
+    Ok(how != Residual::Loftq { rounds: 1 })
 }
 
 /// Where one place begins.

@@ -16,10 +16,10 @@ use tch::Kind;
 use self::budget::{Budget, Step};
 use crate::{
     args::{DtypeChoice, kind_name},
-    commands::check::plain_table,
+    commands::{check::plain_table, train::recipe::Plan},
     error::usage,
     methods::{METHODS, Method, QLORA},
-    quantization::Quantization,
+    quantization::{Quantization, in_bits},
     sources::{FULL, base_of, task_of},
     terminal::{bytes, grouped},
 };
@@ -53,10 +53,18 @@ pub(crate) struct Args {
 /// Describes.
 pub(crate) fn run(args: Args) -> Result<()> {
     let dir = Path::new(&args.what);
-    if Run::is_run(dir) {
+    let (run, adapted) = (Run::is_run(dir), dir.join("adapter_config.json").is_file());
+    if (run || adapted) && (args.method.is_some() || args.batch.is_some()) {
+        return Err(usage(format!(
+            "`--method` and `--batch` are asked of a model, and `{}` is {}",
+            args.what,
+            if run { "a run" } else { "an adapter" }
+        )));
+    }
+    if run {
         return run_folder(&Run::open(dir)?);
     }
-    if dir.join("adapter_config.json").is_file() {
+    if adapted {
         return adapter(dir);
     }
     if dir.is_dir() && !dir.join("config.json").is_file() {
@@ -109,7 +117,8 @@ fn step(
     };
     let method = Method::named(name)?;
     let compute = args.dtype.kind().unwrap_or(Kind::BFloat16);
-    let quantization = (method.name == QLORA).then(Quantization::default);
+    let stored = Quantization::stored(&source.config()?);
+    let quantization = stored.or((method.name == QLORA).then(Quantization::default));
     let rest = match &quantization {
         Some(_) if !args.no_fp32 => Kind::Float,
         _ => compute,
@@ -145,6 +154,7 @@ fn line(name: &str, value: impl std::fmt::Display) {
 fn describe(source: &Source, model: &mut dyn Network) {
     let spec = model.spec();
     let count = parameters(model);
+    let bits = in_bits(model);
     let size = |kind: Kind| bytes(count.unsigned_abs() * kind.elt_size_in_bytes() as u64);
     line("model", source.path().display());
     line(
@@ -163,6 +173,9 @@ fn describe(source: &Source, model: &mut dyn Network) {
             size(Kind::BFloat16)
         ),
     );
+    if let Some(bits) = bits {
+        line("as they are", bits);
+    }
     line(
         "layers",
         format!("{} of width {}", spec.layers, spec.hidden),
@@ -253,6 +266,11 @@ fn configured(method: &str, sets: &[String]) -> Result<Option<Box<dyn Tuner>>> {
             .split_once('=')
             .ok_or_else(|| usage(format!("`--set {set}`: expected KEY=VALUE")))?;
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
+        if Plan::is_shared(key) {
+            return Err(usage(format!(
+                "`--set {set}`: `{key}` is no setting of the method; what is counted here does not depend on it, but for `optim`, whose moments are counted in fp32"
+            )));
+        }
         settings.insert(key.to_owned(), value);
     }
     if method.keys()?.contains_key("total_step") {

@@ -46,6 +46,18 @@ pub(crate) fn run(args: Args) -> Result<()> {
             "nothing to merge: give a run with an adapter, or name an `--adapter` (full fine-tuning leaves a whole model)",
         ));
     }
+    let few = sources.format.scheme.is_some()
+        || sources
+            .base
+            .config()?
+            .get("quantization_config")
+            .is_some_and(|it| !it.is_null());
+    if args.keep_quantized && !few {
+        return Err(usage(format!(
+            "`--keep-quantized` is for a base in few bits, and `{}` is dense",
+            sources.model
+        )));
+    }
     let wanted = args.dtype.kind();
     let task = sources.task(None)?;
     // With a base that was quantised for the run, the adapter goes into the dense weights that it was made of.
@@ -100,8 +112,13 @@ pub(crate) fn run(args: Args) -> Result<()> {
         grouped(parameters(&mut *model)),
         kind_name(model.kind()),
     );
+    let why = match args.keep_quantized {
+        true => "the sum is encoded again",
+        false => "rounding",
+    };
     println!(
-        "merging moved the logits by {change:.1e} at most (rounding), the largest is {largest:.1}"
+        "on {} tokens merging moved the logits by up to {change:.1e} ({why}), the largest is {largest:.1}",
+        probe.size()[1]
     );
     if let Some(far) = from_bits {
         println!(

@@ -40,14 +40,9 @@ pub(crate) struct Args {
     /// Numbers that share a scale, of 4 bits: 32 to 4096, a power of two
     #[arg(long, value_name = "N", default_value_t = 64)]
     block_size: usize,
-    /// Layers that stay as they are, by name or the last part of it, with commas between
-    #[arg(
-        long,
-        value_name = "NAMES",
-        value_delimiter = ',',
-        default_value = "lm_head"
-    )]
-    skip: Vec<String>,
+    /// Layers that stay as they are, by name or the last part of it, with commas between [default: heads, and wo of T5]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    skip: Option<Vec<String>>,
     /// Number format of what is not quantised: auto keeps that of the model
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     dtype: DtypeChoice,
@@ -73,7 +68,10 @@ pub(crate) fn run(args: Args) -> Result<()> {
         bits: args.bits,
         double_quant: args.double_quant,
         block_size: args.block_size,
-        skip: args.skip,
+        skip: match args.skip {
+            Some(names) => names.into_iter().filter(|it| !it.is_empty()).collect(),
+            None => Quantization::default().skip,
+        },
     };
     let format = wish.format()?;
     let sources = BaseArgs {
@@ -89,6 +87,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         device: Device::Cpu,
     };
     let begun = Instant::now();
+    let voiced = sources.has_tokenizer();
     let done = convert(
         &sources.base,
         task,
@@ -120,7 +119,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         begun.elapsed().as_secs_f64(),
         peak.unwrap_or_default()
     );
-    if task == Task::CausalLm {
+    if task == Task::CausalLm && voiced {
         println!("\nNext:\n  peft chat {}", args.out.display());
     }
     Ok(())
@@ -131,6 +130,7 @@ fn weights_size(dir: &std::path::Path) -> Result<u64> {
     let files = fs::read_dir(dir).with_context(|| dir.display().to_string())?;
     let weights = files
         .flatten()
+        .filter(|it| it.file_name().to_string_lossy().starts_with("model"))
         .filter(|it| it.path().extension().is_some_and(|it| it == "safetensors"));
     Ok(weights
         .filter_map(|it| fs::metadata(it.path()).ok())

@@ -44,7 +44,7 @@ use crate::{
     error::{of_settings, usage},
     methods::PREFIX_INIT_TEXT,
     metrics::{figures, judge},
-    quantization::QUANTIZATION,
+    quantization::{QUANTIZATION, Quantization, in_bits},
     sources::{BaseArgs, CLASSES, FULL, PROBLEM, Sources, TASK},
     terminal::{bytes, grouped, plural},
 };
@@ -216,8 +216,8 @@ const NAME: &str = "default";
 /// The key of `run.json` for the number of parameters that were trained.
 pub(crate) const TRAINABLE: &str = "trainable_parameters";
 
-/// The folder of a run with a base of its own: one that LoftQ or QPiSSA changed.
-const BASE: &str = "base";
+/// The folder of a run with a base of its own: the one in 4 bits that LoftQ or QPiSSA makes up for.
+pub(crate) const BASE: &str = "base";
 
 /// Tokens after which a row is cut where nothing is said.
 const USUAL_LENGTH: usize = 1024;
@@ -238,9 +238,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     .find()?;
     let tokenizer = sources.tokenizer()?;
-    let stored = sources.base.config()?.get("quantization_config").is_some();
+    let stored = Quantization::stored(&sources.base.config()?).is_some();
     plan.quantize(stored && own_base.is_none())?;
-    if plan.residual()?.is_some_and(Residual::changes_base) {
+    if plan.residual()?.is_some() {
         let run = args.resume.clone().unwrap_or_else(|| args.folder(&plan));
         let base = std::path::absolute(run.join(BASE))?;
         plan.own_base = Some(base.to_string_lossy().into_owned());
@@ -288,7 +288,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
                 tuner = Some(again);
             }
             if let (Some(how), None) = (plan.residual()?, &own_base) {
-                new_base = begin_at(how, &sources, task, &mut *model, tuner.as_deref())?;
+                begin_at(how, &sources, task, &mut *model, tuner.as_deref())?;
+                new_base = true;
             }
             if let Some(ids) = plan.prefix_text(&tokenizer)? {
                 begin_prefix_at(&mut *model, NAME, &ids)
@@ -413,14 +414,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Lets LoRA begin with what quantisation took away; says whether the base is another one now.
+/// Lets LoRA begin with what quantisation took away.
 fn begin_at(
     how: Residual,
     sources: &Sources,
     task: Task,
     model: &mut dyn Network,
     tuner: Option<&dyn Tuner>,
-) -> Result<bool> {
+) -> Result<()> {
     let tuner = tuner.context("the method has gone")?;
     let lora: LoraConfig = serde_json::from_value(tuner.to_json())?;
     let dense = Sources {
@@ -429,7 +430,8 @@ fn begin_at(
         ..sources.base_alone()
     };
     let mut dense = dense.load_stored(task, None)?;
-    begin_at_residual(model, NAME, &lora, &mut *dense, how).map_err(of_settings)
+    begin_at_residual(model, NAME, &lora, &mut *dense, how).map_err(of_settings)?;
+    Ok(())
 }
 
 /// Modules of a head that the checkpoint lacks, and that the adapter neither trains nor saves.
@@ -538,11 +540,12 @@ fn beside(run: &Run) -> Vec<PathBuf> {
 impl Args {
     /// Defaults, then the file, then `--set`, then flags.
     fn plan(&self) -> Result<Plan> {
-        let mut pairs = Vec::new();
+        let (mut pairs, mut began) = (Vec::new(), None);
         if let Some(run) = &self.resume {
             let path = Run::open(run)?.config();
             Plan::read(&path)?; // what is wrong in the file is said of the file
             pairs = Plan::pairs(&path)?;
+            began = Some((run, complete(&pairs)?));
         }
         if let Some(path) = self.setup.config() {
             Plan::read(path)?;
@@ -550,7 +553,11 @@ impl Args {
         pairs.extend(self.setup.pairs()?);
         let method = self.method.clone();
         pairs.extend(method.map(|it| ("method".to_owned(), it.into())));
-        complete(&pairs)
+        let plan = complete(&pairs)?;
+        if let Some((run, began)) = began {
+            plan.must_go_on(&began, run)?;
+        }
+        Ok(plan)
     }
 
     fn folder(&self, plan: &Plan) -> PathBuf {
@@ -727,7 +734,7 @@ fn placement(plan: &Plan, sources: &Sources) -> Result<(Placement, BaseFormat)> 
         Some(wish) => wish.format()?,
         None => BaseFormat::as_stored(),
     };
-    let stored = sources.base.config()?.get("quantization_config").is_some();
+    let stored = Quantization::stored(&sources.base.config()?).is_some();
     if (wish.is_some() || stored) && plan.recipe.keep_in_fp32 && placed.kind != tch::Kind::Float {
         format.compute = Some(placed.kind);
         let why = "and products with quantised layers in the format asked for";
@@ -1126,8 +1133,13 @@ fn overview(
             "weights are trained in 16 bits: steps below about 1/256 of a weight are rounded away; `--dtype fp32` keeps them",
         );
     }
-    if let Some(wish) = plan.quantization() {
-        row("base", format!("linear layers in {}", wish.line()));
+    match plan.quantization() {
+        Some(wish) => row("base", format!("linear layers in {}", wish.line())),
+        None => {
+            if let Some(bits) = in_bits(model) {
+                row("base", bits);
+            }
+        }
     }
     row("task", model.task());
     if !model.fresh().is_empty() {

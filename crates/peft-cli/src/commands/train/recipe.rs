@@ -31,7 +31,7 @@ use crate::{
     methods::{
         LOFTQ_CONFIG, METHODS, Method, PREFIX_INIT_TEXT, PYTHONS_RATE, QLORA, TRAIN_MODULES,
     },
-    quantization::{Bits, Quantization, Wish},
+    quantization::{Bits, QUANTIZATION, Quantization, Wish},
 };
 
 /// The decisions about a run, but for the loop's.
@@ -227,6 +227,12 @@ impl Plan {
     pub(crate) fn quantize(&mut self, stored: bool) -> Result<()> {
         let qlora = self.method()?.name == QLORA;
         let wish = self.recipe.quantization.as_ref();
+        let few = stored || wish.is_some_and(|it| it.quantization().is_some());
+        if few && self.method()?.peft_type.is_none() {
+            return Err(usage(
+                "full fine-tuning changes every weight, and weights in few bits cannot be changed a little; take a dense base, or `--method qlora`",
+            ));
+        }
         match wish.map(Wish::quantization) {
             None if qlora && !stored => {
                 self.recipe.quantization = Some(Wish::Whole(Quantization::default()));
@@ -235,6 +241,12 @@ impl Plan {
                 return Err(usage(
                     "`quantization: none`, but QLoRA is LoRA on a base in few bits; `--method lora` trains on it as it is",
                 ));
+            }
+            Some(None) if stored => {
+                return Err(usage(format!(
+                    "`quantization: none`, but `{}` is in few bits, and is used as it is",
+                    self.recipe.model
+                )));
             }
             Some(Some(_)) if stored => {
                 return Err(usage(format!(
@@ -245,6 +257,35 @@ impl Plan {
             _ => {}
         }
         Ok(())
+    }
+
+    /// Refuses to go on with other settings than a run began with. Where it computes and where files lie may change.
+    pub(crate) fn must_go_on(&self, began: &Plan, run: &Path) -> Result<()> {
+        const MAY_CHANGE: [&str; 4] = ["device", "model", "data", "cache_dir"];
+        let flat = |plan: &Plan| -> Result<Map<String, Value>> {
+            let mut all = as_map(&plan.recipe)?;
+            all.extend(as_map(&plan.settings)?);
+            all.extend(plan.recipe.options.clone());
+            Ok(all)
+        };
+        let (now, before) = (flat(self)?, flat(began)?);
+        let keys = before.keys().chain(now.keys());
+        let other = |key: &&String| {
+            !MAY_CHANGE.contains(&key.as_str()) && before.get(*key) != now.get(*key)
+        };
+        let Some(key) = keys.into_iter().find(other) else {
+            return Ok(());
+        };
+        let said = |all: &Map<String, Value>| match all.get(key) {
+            None | Some(Value::Null) => "not set".to_owned(),
+            Some(value) => value.to_string(),
+        };
+        let dir = run.display();
+        Err(usage(format!(
+            "a run goes on with the settings it began with: `{key}` was {}, not {}; `peft train {dir}/config.yaml` with other settings and another `--out` begins a new run",
+            said(&before),
+            said(&now),
+        )))
     }
 
     /// How factors begin that make up for what quantisation takes away: `init_lora_weights: loftq`, with `loftq_config`
@@ -258,7 +299,22 @@ impl Plan {
                 "`init_lora_weights: loftq` makes up for what quantising to 4 bits takes away: it needs a dense base and `quantization: nf4` or `fp4`",
             )),
             Some("loftq") => {
-                let config = option(LOFTQ_CONFIG).cloned().unwrap_or_default();
+                let config = match option(LOFTQ_CONFIG) {
+                    None => Map::new(),
+                    Some(Value::Object(map)) => map.clone(),
+                    Some(other) => {
+                        return Err(usage(format!(
+                            "setting `loftq_config`: {other}, expected keys and values, such as `{{loftq_iter: 5}}`"
+                        )));
+                    }
+                };
+                const KNOWN: [&str; 2] = ["loftq_bits", "loftq_iter"];
+                if let Some(key) = config.keys().find(|key| !KNOWN.contains(&key.as_str())) {
+                    let hint = nearest(key, KNOWN);
+                    return Err(usage(format!(
+                        "setting `loftq_config`: unknown key `{key}`{hint}"
+                    )));
+                }
                 let number = |key: &str, usual: u64| {
                     match config.get(key) {
                     None | Some(Value::Null) => Ok(usual),
@@ -317,6 +373,9 @@ impl Plan {
         }
         if ["method", "defaults"].contains(&key) {
             return Ok(()); // looked for first, see `begin`
+        }
+        if key == QUANTIZATION {
+            Wish::check(&value)?;
         }
         if own.contains_key(key) {
             own.insert(key.to_owned(), listed(key, value));
