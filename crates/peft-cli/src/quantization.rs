@@ -280,6 +280,30 @@ mod tests {
         for bad in [json!("nf5"), json!({"typ": "nf4"}), json!(4)] {
             assert_eq!(read(bad), None);
         }
+        for (value, part) in [
+            (json!("NF4"), "nearest is `nf4`"),
+            (
+                json!({"type": "nf4", "blok_size": 64}),
+                "nearest is `block_size`",
+            ),
+            (
+                json!({"type": "int8", "double_quant": true}),
+                "`double_quant` is of 4 bits",
+            ),
+            (json!({"type": "nf4", "block_size": 65}), "65"),
+            (json!(true), "true"),
+        ] {
+            let error = Wish::check(&value).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        for good in [
+            json!("nf4"),
+            json!("none"),
+            json!(null),
+            json!({"type": "fp4"}),
+        ] {
+            Wish::check(&good).unwrap();
+        }
         let odd = Quantization {
             block_size: 65,
             ..Quantization::default()

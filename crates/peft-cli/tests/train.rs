@@ -210,6 +210,18 @@ fn killed_and_resumed(world: &World, run: &str, more: &[&str]) {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(saved.exists());
+    // Other settings are refused, and the run is none the worse for it.
+    for (flag, value, key) in [
+        ("--learning-rate", "0.5", "learning_rate"),
+        ("--r", "3", "r"),
+        ("--quantization", "fp4", "quantization"),
+    ] {
+        let (code, said) = bad(dir, &["train", "--resume", run, flag, value]);
+        assert!(
+            code == 2 && said.contains(&format!("`{key}` was")),
+            "{said}"
+        );
+    }
     good(dir, &["train", "--resume", run]);
 }
 
@@ -572,5 +584,11 @@ fn a_base_that_loftq_changed_goes_on_with_the_run() {
     let config = std::fs::read_to_string(dir.join("whole/adapter/adapter_config.json")).unwrap();
     assert!(config.contains("whole/base\""), "{config}");
     good(dir, &["eval", "whole/adapter", "--data", &world.data]);
-    good(dir, &["eval", "whole", "--data", &world.data]);
+    // It may be moved, and is merged into what its base decodes to.
+    std::fs::rename(dir.join("whole"), dir.join("moved")).unwrap();
+    for what in ["moved", "moved/adapter"] {
+        good(dir, &["eval", what, "--data", &world.data]);
+    }
+    let said = good(dir, &["merge", "moved", "--out", "merged"]);
+    assert!(said.contains("(rounding)"), "{said}");
 }

@@ -124,6 +124,25 @@ impl Mapped {
         Ok(unsafe { peft_torch::memory::borrow(bytes, &info.shape, kind, self.map.clone()) }?)
     }
 
+    /// Gives the pages of a tensor back to the system. What still uses them reads the file again; what somebody wrote to them is
+    /// gone, so this is for tensors that were read and not changed.
+    pub fn release(&self, name: &str) {
+        #[cfg(unix)]
+        if let Some(info) = self.infos.get(name)
+            && info.begin < info.end
+        {
+            // SAFETY: the pages are those of a file that nobody changes, so their contents are the same when they come again.
+            let done = unsafe {
+                self.map.unchecked_advise_range(
+                    memmap2::UncheckedAdvice::DontNeed,
+                    info.begin,
+                    info.end - info.begin,
+                )
+            };
+            drop(done); // an advice: without it there is less memory, and nothing else
+        }
+    }
+
     /// Every tensor.
     pub fn all(&self) -> Result<State> {
         let names = self.names();

@@ -43,6 +43,8 @@ pub struct Checkpoint {
     kind: Option<Kind>,
     device: Device,
     taken: BTreeSet<String>,
+    /// What was read last.
+    last: Option<String>,
 }
 
 #[derive(Debug)]
@@ -91,6 +93,7 @@ impl Checkpoint {
             kind,
             device,
             taken: BTreeSet::new(),
+            last: None,
         })
     }
 
@@ -102,12 +105,19 @@ impl Checkpoint {
             kind,
             device,
             taken: BTreeSet::new(),
+            last: None,
         }
     }
 
     /// Checks that nothing is left that no layer took; gives back what `aside` knows as another head's, by how its name
     /// begins.
-    pub fn finish(self, aside: &[&str]) -> Result<Vec<String>> {
+    pub fn finish(mut self, aside: &[&str]) -> Result<Vec<String>> {
+        if let Some(last) = self.last.take()
+            && let Source::Safetensors { files, index } = &self.source
+            && let Some(file) = index.get(&last)
+        {
+            files[*file].release(&last);
+        }
         let mut names = self.names();
         names.retain(|name| {
             !self.taken.contains(name) && !IGNORED.iter().any(|it| name.ends_with(it))
@@ -124,6 +134,18 @@ impl Checkpoint {
             key: first.clone(),
             hint: nearest(first, self.taken.iter().map(String::as_str)),
         })
+    }
+
+    /// Marks a tensor as read. The one before was converted or encoded by now, or is a view that was not looked at yet: its pages
+    /// are given back, so that a model which is kept in another form never has its file in memory, too.
+    fn take(&mut self, key: &str) {
+        self.taken.insert(key.to_owned());
+        let last = self.last.replace(key.to_owned());
+        if let (Some(last), Source::Safetensors { files, index }) = (last, &self.source)
+            && let Some(file) = index.get(&last)
+        {
+            files[*file].release(&last);
+        }
     }
 
     fn names(&self) -> Vec<String> {
@@ -175,7 +197,7 @@ impl Weights for Checkpoint {
             );
             return Err(Error::file(&self.place, reason));
         }
-        self.taken.insert(key.to_owned());
+        self.take(key);
         let kind = self.kind.unwrap_or(tensor.kind());
         Ok(tensor.f_to_device_(self.device, kind, false, false)?)
     }
@@ -186,7 +208,7 @@ impl Weights for Checkpoint {
 
     fn stored(&mut self, key: &str) -> Result<Tensor> {
         let tensor = self.read(key)?;
-        self.taken.insert(key.to_owned());
+        self.take(key);
         Ok(tensor.f_to_device_(self.device, tensor.kind(), false, false)?)
     }
 

@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 use peft_codec::{
-    Activations, Compat, Map, NESTED_BLOCK, Nested, NestedState, Scales, State, View, quantise,
+    Activations, Compat, Map, NESTED_BLOCK, Nested, NestedState, Packed, Scales, State, View,
+    quantise_piece,
 };
 use peft_core::{Error, Result};
 use peft_torch::{
@@ -13,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{config::Four, cuda};
 
-/// Numbers that one thread decodes at a time.
+/// Numbers that one thread decodes or encodes at a time: whole blocks of any size.
 const PIECE: usize = 1 << 16;
 
 /// A weight `[out, in]` in 4 bits, and what is needed to read it.
@@ -386,8 +387,36 @@ fn spread(scales: &Tensor, block: usize, n: i64) -> Tensor {
     all.reshape([-1]).narrow(0, 0, n)
 }
 
-fn encode<T: peft_codec::Element>(scheme: &Four, values: &[T]) -> peft_codec::Packed {
-    quantise(values, scheme.kind, scheme.block, scheme.compat)
+/// Encodes on libtorch's threads, which would else keep the cores busy waiting while others work.
+fn encode<T: peft_codec::Element>(scheme: &Four, values: &[T]) -> Packed {
+    let room = |values: &[T]| Packed {
+        bytes: vec![0; values.len().div_ceil(2)],
+        absmax: vec![0.0; scheme.block.count(values.len())],
+    };
+    let mut pieces: Vec<(&[T], Packed)> = values.chunks(PIECE).map(|it| (it, room(it))).collect();
+    for_each_chunk(&mut pieces, 1, |_, pieces| {
+        for (values, to) in pieces {
+            let Four {
+                kind,
+                block,
+                compat,
+                ..
+            } = *scheme;
+            quantise_piece(values, kind, block, compat, &mut to.bytes, &mut to.absmax)
+                .expect("room for a piece");
+        }
+    });
+    let pieces = || pieces.iter().map(|it| &it.1);
+    Packed {
+        bytes: pieces()
+            .map(|it| &it.bytes[..])
+            .collect::<Vec<_>>()
+            .concat(),
+        absmax: pieces()
+            .map(|it| &it.absmax[..])
+            .collect::<Vec<_>>()
+            .concat(),
+    }
 }
 
 /// As `bitsandbytes` writes a type.

@@ -8,14 +8,17 @@
 use crate::cuda;
 use half::bf16;
 use peft_codec::{AdamW8, Compat, STATE_BLOCK};
-use peft_torch::memory::{with_slice, with_slice_mut};
+use peft_torch::{
+    for_each_chunk,
+    memory::{with_slice, with_slice_mut},
+};
 use tch::{Device, Kind, TchError, Tensor};
 
 /// Tensors with fewer numbers keep their moments in fp32.
 pub(crate) const SMALLEST: usize = 4096;
 
-/// Tensors with fewer numbers are stepped by one thread.
-const SMALL: usize = 1 << 18;
+/// Numbers that one thread steps at a time.
+const PIECE: usize = 1 << 16;
 
 /// What AdamW remembers of one tensor, in 8 bits.
 #[derive(Debug)]
@@ -107,14 +110,18 @@ impl Moments8 {
             with_slice_mut(state2, |codes2: &mut [u8]| {
                 with_slice_mut(absmax1, |scales1: &mut [f32]| {
                     with_slice_mut(absmax2, |scales2: &mut [f32]| {
-                        let step = match params.len() < SMALL {
-                            true => AdamW8::step::<P, f32>,
-                            false => AdamW8::step_all::<P, f32>,
-                        };
-                        let compat = Compat::Cuda;
-                        step(
-                            &adam, t, params, grads, codes1, codes2, scales1, scales2, compat, 1.0,
-                        )
+                        let blocks = PIECE / STATE_BLOCK;
+                        let numbers = params.chunks_mut(PIECE).zip(grads.chunks(PIECE));
+                        let codes = codes1.chunks_mut(PIECE).zip(codes2.chunks_mut(PIECE));
+                        let scales = scales1.chunks_mut(blocks).zip(scales2.chunks_mut(blocks));
+                        let pieces = numbers.zip(codes).zip(scales);
+                        let mut pieces: Vec<_> = pieces.map(|it| (it, Ok(()))).collect();
+                        for_each_chunk(&mut pieces, 1, |_, pieces| {
+                            for ((((p, g), (c1, c2)), (a1, a2)), done) in pieces {
+                                *done = adam.step(t, p, g, c1, c2, a1, a2, Compat::Cuda, 1.0);
+                            }
+                        });
+                        pieces.into_iter().try_for_each(|it| it.1)
                     })
                 })
             })
