@@ -259,9 +259,16 @@ impl Plan {
         Ok(())
     }
 
-    /// Refuses to go on with other settings than a run began with. Where it computes and where files lie may change.
+    /// Refuses to go on with other settings than a run began with. Where it computes may change, and so may the name of a base that
+    /// is no longer where it was; of the data the rows are counted.
     pub(crate) fn must_go_on(&self, began: &Plan, run: &Path) -> Result<()> {
-        const MAY_CHANGE: [&str; 4] = ["device", "model", "data", "cache_dir"];
+        let base = Path::new(&began.recipe.model);
+        let moved = base.is_absolute() && !base.exists();
+        let may_change = |key: &str| match key {
+            "device" | "data" | "cache_dir" => true,
+            "model" => moved,
+            _ => false,
+        };
         let flat = |plan: &Plan| -> Result<Map<String, Value>> {
             let mut all = as_map(&plan.recipe)?;
             all.extend(as_map(&plan.settings)?);
@@ -270,9 +277,7 @@ impl Plan {
         };
         let (now, before) = (flat(self)?, flat(began)?);
         let keys = before.keys().chain(now.keys());
-        let other = |key: &&String| {
-            !MAY_CHANGE.contains(&key.as_str()) && before.get(*key) != now.get(*key)
-        };
+        let other = |key: &&String| !may_change(key) && before.get(*key) != now.get(*key);
         let Some(key) = keys.into_iter().find(other) else {
             return Ok(());
         };
