@@ -31,7 +31,7 @@ pub(crate) enum Bits {
 
 /// How the linear layers of a dense base are kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, deny_unknown_fields, into = "Value")]
 pub(crate) struct Quantization {
     /// In which bits.
     #[serde(rename = "type")]
@@ -51,6 +51,21 @@ impl Default for Quantization {
             double_quant: true,
             block_size: 64,
             skip: Format::of(Scheme::NF4).skip,
+        }
+    }
+}
+
+impl From<Quantization> for Value {
+    /// The keys that the type has: [`Wish::check`] reads them again.
+    fn from(it: Quantization) -> Value {
+        match it.bits {
+            Bits::Int8 => json!({"type": it.bits, "skip": it.skip}),
+            Bits::Nf4 | Bits::Fp4 => json!({
+                "type": it.bits,
+                "double_quant": it.double_quant,
+                "block_size": it.block_size,
+                "skip": it.skip,
+            }),
         }
     }
 }

@@ -112,12 +112,7 @@ impl Checkpoint {
     /// Checks that nothing is left that no layer took; gives back what `aside` knows as another head's, by how its name
     /// begins.
     pub fn finish(mut self, aside: &[&str]) -> Result<Vec<String>> {
-        if let Some(last) = self.last.take()
-            && let Source::Safetensors { files, index } = &self.source
-            && let Some(file) = index.get(&last)
-        {
-            files[*file].release(&last);
-        }
+        self.release_last();
         let mut names = self.names();
         names.retain(|name| {
             !self.taken.contains(name) && !IGNORED.iter().any(|it| name.ends_with(it))
@@ -136,12 +131,18 @@ impl Checkpoint {
         })
     }
 
-    /// Marks a tensor as read. The one before was converted or encoded by now, or is a view that was not looked at yet: its pages
-    /// are given back, so that a model which is kept in another form never has its file in memory, too.
+    /// Marks a tensor as read.
     fn take(&mut self, key: &str) {
+        self.release_last();
         self.taken.insert(key.to_owned());
-        let last = self.last.replace(key.to_owned());
-        if let (Some(last), Source::Safetensors { files, index }) = (last, &self.source)
+        self.last = Some(key.to_owned());
+    }
+
+    /// What was read last was converted or encoded by now, or is a view that was not looked at yet: its pages are given back, so
+    /// that a model which is kept in another form never has its file in memory, too.
+    fn release_last(&mut self) {
+        if let Some(last) = self.last.take()
+            && let Source::Safetensors { files, index } = &self.source
             && let Some(file) = index.get(&last)
         {
             files[*file].release(&last);

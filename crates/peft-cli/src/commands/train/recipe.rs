@@ -730,6 +730,25 @@ mod tests {
     }
 
     #[test]
+    fn bits_of_a_run_are_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.yaml");
+        for wish in [
+            "int8",
+            "none",
+            "{type: int8}",
+            "{type: int8, skip: [q_proj]}",
+            "{type: nf4, double_quant: false}",
+            "{type: fp4, block_size: 128, double_quant: false, skip: []}",
+        ] {
+            let plan = set(&format!("quantization={wish}")).unwrap();
+            std::fs::write(&path, plan.to_yaml().unwrap()).unwrap();
+            let again = Plan::read(&path).unwrap();
+            assert_eq!(again.recipe, plan.recipe, "{wish}");
+        }
+    }
+
+    #[test]
     fn nothing_in_a_file_panics() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.yaml");
