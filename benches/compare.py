@@ -263,13 +263,12 @@ class Bench:
         for name, job, moved, work, targets in KERNELS:
             if asked(name):
                 job = [*job, "--repeats", "20"]
-                dense = [*job, "--dense"] if work else None
-                runs = self.rounds(f"qlora: {name}", job, rounds, beside=dense)
+                runs = self.rounds(f"qlora: {name}", job, rounds)
                 read = self.floor_of_one if ONE[0] in job else self.floor
                 floor = moved / read["read_bytes_per_s"] + work / self.floor["gemm_bf16_flops"]
                 self.row(name, lambda it: [1e3 * s for s in every(it)], runs, 1e3 * floor, targets, "ms")
-                if dense:
-                    self.note(f"{name} / the dense product", middle(runs["ours"]) / middle(runs["beside"]), 1.08)
+                if work:
+                    self.note(f"{name} / the dense product", middle(runs["ours"]) / middle(runs["ours"], "dense"), 1.08)
                 if job[0] == "adamw8bit":
                     self.note(f"{name} / libtorch's fused in fp32", middle(runs["ours"]) / middle(runs["ours"], "fused_fp32"), 1)
         small, stored = ROOT / "target/models/smollm2", self.folder / "llama-nf4"

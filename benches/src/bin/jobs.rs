@@ -112,7 +112,7 @@ enum Job {
     Quantise(Weight),
     /// NF4 to [rows, columns], into memory that is used again
     Dequantise(Weight),
-    /// x: [tokens, columns] through NF4 [rows, columns], one layer after the other
+    /// x: [tokens, columns] through NF4 [rows, columns], one layer after the other, in turn with dense ones
     Linear4bit {
         #[command(flatten)]
         weight: Weight,
@@ -120,9 +120,6 @@ enum Job {
         tokens: i64,
         #[arg(long, default_value_t = 1)]
         copies: usize,
-        /// Dense layers instead
-        #[arg(long)]
-        dense: bool,
     },
     /// One step of QLoRA on a model with made-up weights of the shape that a config.json describes
     Scale {
@@ -360,8 +357,7 @@ fn main() -> Result<()> {
             weight,
             tokens,
             copies,
-            dense,
-        } => linear4bit(weight, tokens, copies, dense)?,
+        } => linear4bit(weight, tokens, copies)?,
         Job::Merge { model, out } => merge(&model, &out)?,
         Job::Mixed {
             model,
@@ -406,15 +402,28 @@ fn load(dir: &std::path::Path, dtype: Dtype, bits: Bits) -> Result<Box<dyn Decod
     Ok(open_in(&dir.to_string_lossy(), options, &format)?)
 }
 
+/// What is timed.
+type Body<'a> = &'a mut dyn FnMut() -> peft_core::Result<()>;
+
 /// Seconds of each call after two that are not counted.
 fn timed(repeats: usize, mut body: impl FnMut() -> peft_core::Result<()>) -> Result<Vec<f64>> {
-    let mut samples = Vec::new();
-    for _ in 0..repeats + 2 {
-        let begun = Instant::now();
-        body()?;
-        samples.push(begun.elapsed().as_secs_f64());
+    let [samples] = in_turn(repeats, [&mut body])?;
+    Ok(samples)
+}
+
+/// The same of several things, one call of each after the other: a machine whose clock changes is as slow for all.
+fn in_turn<const N: usize>(repeats: usize, mut bodies: [Body<'_>; N]) -> Result<[Vec<f64>; N]> {
+    let mut samples = [(); N].map(|()| Vec::new());
+    for i in 0..repeats + 2 {
+        for (body, samples) in bodies.iter_mut().zip(&mut samples) {
+            let begun = Instant::now();
+            body()?;
+            if i >= 2 {
+                samples.push(begun.elapsed().as_secs_f64());
+            }
+        }
     }
-    Ok(samples.split_off(2))
+    Ok(samples)
 }
 
 fn adamw8bit(size: usize, repeats: usize) -> Result<Value> {
@@ -428,19 +437,29 @@ fn adamw8bit(size: usize, repeats: usize) -> Result<Value> {
         norm: false,
         tensor: tensor.shallow_clone(),
     }];
-    let one = |optim| -> Result<Vec<f64>> {
+    let optimizer = |optim| {
         let settings = Settings {
             optim,
             weight_decay: 0.01,
             ..Settings::default()
         };
-        let mut optimizer = Optimizer::new(&params, &settings)?;
-        timed(repeats, || {
-            optimizer.step(1e-4).expect("a step");
-            Ok(())
-        })
+        Optimizer::new(&params, &settings)
     };
-    let (eight, whole) = (one(Optim::Adamw8bit)?, one(Optim::AdamwTorch)?);
+    let mut eight = optimizer(Optim::Adamw8bit)?;
+    let mut whole = optimizer(Optim::AdamwTorch)?;
+    let [eight, whole] = in_turn(
+        repeats,
+        [
+            &mut || {
+                eight.step(1e-4).expect("a step");
+                Ok(())
+            },
+            &mut || {
+                whole.step(1e-4).expect("a step");
+                Ok(())
+            },
+        ],
+    )?;
     tensor.zero_grad();
     Ok(json!({"samples": eight, "fused_fp32": whole}))
 }
@@ -485,23 +504,33 @@ fn open4bit(dir: &std::path::Path, dtype: Dtype, bits: Bits) -> Result<Value> {
     Ok(json!({"samples": [seconds], "bytes": bytes, "layers": layers}))
 }
 
-fn linear4bit(weight: Weight, tokens: i64, copies: usize, dense: bool) -> Result<Value> {
-    let layers = (0..copies)
-        .map(|_| -> Result<Box<dyn LinearOp>> {
-            Ok(match dense {
-                true => Box::new(Dense::new(weight.dense(), None)),
-                false => Box::new(weight.layer()?),
-            })
-        })
-        .collect::<Result<Vec<_>>>()?;
+fn linear4bit(weight: Weight, tokens: i64, copies: usize) -> Result<Value> {
+    let mut layers = Vec::new();
+    let mut dense: Vec<Box<dyn LinearOp>> = Vec::new();
+    for _ in 0..copies {
+        layers.push(weight.layer()?);
+        dense.push(Box::new(Dense::new(weight.dense(), None)));
+    }
     let x = Tensor::randn([tokens, weight.columns], (Kind::Float, Device::Cpu))
         .to_kind(weight.dtype.kind());
-    let samples = timed(weight.repeats, || {
-        tch::no_grad(|| layers.iter().for_each(|it| drop(it.forward(&x))));
-        Ok(())
+    let [samples, dense] = tch::no_grad(|| {
+        in_turn(
+            weight.repeats,
+            [
+                &mut || {
+                    layers.iter().for_each(|it| drop(it.forward(&x)));
+                    Ok(())
+                },
+                &mut || {
+                    dense.iter().for_each(|it| drop(it.forward(&x)));
+                    Ok(())
+                },
+            ],
+        )
     })?;
-    let samples: Vec<f64> = samples.iter().map(|it| it / copies as f64).collect();
-    Ok(json!({"samples": samples}))
+    let each =
+        |samples: Vec<f64>| -> Vec<f64> { samples.iter().map(|it| it / copies as f64).collect() };
+    Ok(json!({"samples": each(samples), "dense": each(dense)}))
 }
 
 /// What is trained, and what the method does besides being stepped.
