@@ -181,6 +181,36 @@ def run(command, env=None):
     return result
 
 
+class Turns:
+    """A job that asks for its turn with a line; it has loaded what it needs when it does so first."""
+
+    def __init__(self, command, env):
+        self.errors = tempfile.TemporaryFile("w+")
+        env = {**os.environ, **env, "PEFT_BENCH_TURNS": "1"}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=self.errors)
+        self.result = None
+        self.read()
+
+    def read(self):
+        line = self.process.stdout.readline()
+        if line.strip() == "turn":
+            return
+        if self.process.wait() != 0:
+            self.errors.seek(0)
+            sys.exit(f"{self.process.args}\n{self.errors.read()[-2000:]}")
+        self.result = json.loads(line)
+
+    def take(self):
+        """Lets it go on to its next question, if it has not ended."""
+        if self.result is None:
+            time.sleep(0.05)  # until the threads of the one before have gone to sleep
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            self.read()
+        return self.result is None
+
+
 class Bench:
     def __init__(self, args):
         self.args = args
@@ -209,6 +239,22 @@ class Bench:
         self.raw[name] = runs
         return runs
 
+    def turns(self, name, job, count, beside=None):
+        """The same of jobs that take their samples in turn: a machine whose clock changes is as slow for all of them."""
+        ours, python = [self.args.jobs, *job], [sys.executable, ROOT / "benches/python_job.py", *job]
+        commands = {"ours": (ours, {}), "python": (python, {}), "tuned": ([*python, "--onednn"], {"GLIBC_TUNABLES": KEEP})}
+        if beside:
+            commands["beside"] = ([self.args.jobs, *beside], {})
+        runs = {who: [] for who in commands}
+        for _ in range(count):
+            started = {who: Turns(*it) for who, it in commands.items()}
+            while any([it.take() for it in started.values()]):
+                pass
+            for who, it in started.items():
+                runs[who].append(it.result)
+        self.raw[name] = runs
+        return runs
+
     def row(self, name, value, runs, floor=None, targets=(None, None, None), unit="s"):
         """One line of the table from a figure of each run."""
         medians = {who: statistics.median(value(it)) for who, it in runs.items() if it and who != "beside"}
@@ -226,7 +272,7 @@ class Bench:
             job = [str(self.folder / it) if it in ("gpt2", "llama") else it for it in job]
             if dtype == "bf16":
                 job = [it + "-bf16" if it.endswith("/llama") else it for it in job]
-            runs = self.rounds(name, ["step", *job, *quick], self.args.rounds)
+            runs = self.turns(name, ["step", *job, *quick], self.args.rounds)
             floor = work / self.floor[f"gemm_{dtype}_flops"]
             self.row(f"step: {name}", lambda it: [s for r in it for s in r["samples"]], runs, floor, targets)
             self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, None, (0.60, None, None), "MiB")
@@ -236,7 +282,7 @@ class Bench:
         for name, flags, work in METHODS:
             if self.args.only not in name and self.args.only not in "methods":
                 continue
-            runs = self.rounds(f"method: {name}", [*job, *flags], self.args.rounds)
+            runs = self.turns(f"method: {name}", [*job, *flags], self.args.rounds)
             self.row(f"step: {name}", lambda it: [s for r in it for s in r["samples"]], runs, work / self.floor["gemm_fp32_flops"], (0.45, 0.80, None))
             memory = 0.60 if flags else 0.85
             self.row(f"peak memory: {name}", lambda it: [r["peak_bytes"] / 2**20 for r in it], runs, None, (memory, None, None), "MiB")
@@ -255,7 +301,7 @@ class Bench:
             if asked(name):
                 job = ["step", "--model", str(model), *lora(), "--dtype", "bf16", "--steps", str(self.args.steps)]
                 dense = [it for it in flags if it not in FOUR_BITS]
-                runs = self.rounds(f"qlora: {name}", [*job, *flags], rounds, beside=[*job, *dense])
+                runs = self.turns(f"qlora: {name}", [*job, *flags], rounds, beside=[*job, *dense])
                 floor = narrow / self.floor["gemm_bf16_flops"] + wide / self.floor["gemm_fp32_flops"]
                 self.row(name, every, runs, floor, STEP_TARGETS)
                 self.row(f"peak memory: {name}", peak, runs, None, (0.45, None, None), "MiB")
@@ -263,7 +309,7 @@ class Bench:
         for name, job, moved, work, targets in KERNELS:
             if asked(name):
                 job = [*job, "--repeats", "20"]
-                runs = self.rounds(f"qlora: {name}", job, rounds)
+                runs = self.turns(f"qlora: {name}", job, rounds)
                 read = self.floor_of_one if ONE[0] in job else self.floor
                 floor = moved / read["read_bytes_per_s"] + work / self.floor["gemm_bf16_flops"]
                 self.row(name, lambda it: [1e3 * s for s in every(it)], runs, 1e3 * floor, targets, "ms")
@@ -312,7 +358,7 @@ class Bench:
 
     def generation(self):
         job = ["generate", "--model", str(self.folder / "llama-bf16"), "--dtype", "bf16"]
-        runs = self.rounds("generate", job, self.args.rounds)
+        runs = self.turns("generate", job, self.args.rounds)
         floor = 64 * 2 * LLAMA / self.floor["read_bytes_per_s"]
         self.row("generate 64 tokens, bf16", lambda it: [s for r in it for s in r["samples"]], runs, floor, (0.45, None, 1.6))
 

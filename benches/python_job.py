@@ -10,6 +10,13 @@ import time
 STARTED = time.perf_counter()
 
 
+def turn():
+    """Waits for this program's turn, where several give each other turns."""
+    if "PEFT_BENCH_TURNS" in os.environ:
+        print("turn", flush=True)
+        input()
+
+
 def peak_bytes():
     """Of this program alone; what `getrusage` gives is no less than what the process held before it became this one,
     which is a copy of `compare.py`."""
@@ -85,6 +92,7 @@ def step(args):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
     samples, losses = [], []
     for i in range(args.warmup + args.steps):
+        turn()
         begin = time.perf_counter()
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
@@ -109,6 +117,7 @@ def generate(args):
     samples = []
     with torch.no_grad():
         for _ in range(args.repeats + 1):
+            turn()
             begin = time.perf_counter()
             out = model.generate(
                 input_ids=ids,
@@ -213,13 +222,17 @@ def open4bit(args):
 
 
 def timed(args, body):
-    """Seconds of each call after two that are not counted."""
+    """Seconds of each call, five a turn after one that is not counted."""
     samples = []
-    for _ in range(args.repeats + 2):
-        begin = time.perf_counter()
+    body()
+    for _ in range((args.repeats + 4) // 5):
+        turn()
         body()
-        samples.append(time.perf_counter() - begin)
-    return samples[2:]
+        for _ in range(5):
+            begin = time.perf_counter()
+            body()
+            samples.append(time.perf_counter() - begin)
+    return samples
 
 
 def packed_weight(args, dtype):

@@ -296,7 +296,7 @@ fn main() -> Result<()> {
             new,
             prompt,
             repeats,
-        } => generate(&*load(&model, dtype, bits)?, new, prompt, repeats),
+        } => generate(&*load(&model, dtype, bits)?, new, prompt, repeats)?,
         Job::Adamw8bit { size, repeats } => adamw8bit(size, repeats)?,
         Job::Int4 { model, out } => int4(&model, &out)?,
         Job::Scale {
@@ -402,10 +402,22 @@ fn load(dir: &std::path::Path, dtype: Dtype, bits: Bits) -> Result<Box<dyn Decod
     Ok(open_in(&dir.to_string_lossy(), options, &format)?)
 }
 
+/// Waits for this program's turn, where several give each other turns: it asks with a line and is answered with one.
+fn turn() -> Result<()> {
+    if std::env::var_os("PEFT_BENCH_TURNS").is_some() {
+        println!("turn");
+        std::io::stdin().read_line(&mut String::new())?;
+    }
+    Ok(())
+}
+
+/// So many calls are timed a turn, after one that is not.
+const A_TURN: usize = 5;
+
 /// What is timed.
 type Body<'a> = &'a mut dyn FnMut() -> peft_core::Result<()>;
 
-/// Seconds of each call after two that are not counted.
+/// Seconds of each call.
 fn timed(repeats: usize, mut body: impl FnMut() -> peft_core::Result<()>) -> Result<Vec<f64>> {
     let [samples] = in_turn(repeats, [&mut body])?;
     Ok(samples)
@@ -414,12 +426,16 @@ fn timed(repeats: usize, mut body: impl FnMut() -> peft_core::Result<()>) -> Res
 /// The same of several things, one call of each after the other: a machine whose clock changes is as slow for all.
 fn in_turn<const N: usize>(repeats: usize, mut bodies: [Body<'_>; N]) -> Result<[Vec<f64>; N]> {
     let mut samples = [(); N].map(|()| Vec::new());
-    for i in 0..repeats + 2 {
-        for (body, samples) in bodies.iter_mut().zip(&mut samples) {
-            let begun = Instant::now();
-            body()?;
-            if i >= 2 {
-                samples.push(begun.elapsed().as_secs_f64());
+    bodies.iter_mut().try_for_each(|body| body())?;
+    for _ in 0..repeats.div_ceil(A_TURN) {
+        turn()?;
+        for i in 0..=A_TURN {
+            for (body, samples) in bodies.iter_mut().zip(&mut samples) {
+                let begun = Instant::now();
+                body()?;
+                if i > 0 {
+                    samples.push(begun.elapsed().as_secs_f64());
+                }
             }
         }
     }
@@ -591,6 +607,7 @@ fn step(
     let mut moments: Vec<Moments> = params.iter().map(Moments::new).collect();
     let (mut times, mut losses, mut parts) = (Vec::new(), Vec::new(), Vec::new());
     for i in 0..warmup + steps {
+        turn()?;
         let begin = Instant::now();
         let (sum, count) = causal_loss(model, input, labels, ctx);
         let loss = sum / count;
@@ -617,13 +634,14 @@ fn step(
     Ok(json!({"samples": times, "parts": parts, "losses": losses}))
 }
 
-fn generate(model: &dyn Decoder, new: usize, prompt: i64, repeats: usize) -> Value {
+fn generate(model: &dyn Decoder, new: usize, prompt: i64, repeats: usize) -> Result<Value> {
     let _off = tch::no_grad_guard();
     let prompt = Tensor::randint(model.vocab(), [1, prompt], (Kind::Int64, Device::Cpu));
     let mut times = Vec::new();
     let mut tokens = Vec::new();
     for _ in 0..=repeats {
         tokens.clear();
+        turn()?;
         let begin = Instant::now();
         let (mut cache, mut ids) = (Cache::new(), prompt.shallow_clone());
         for _ in 0..new {
@@ -634,7 +652,7 @@ fn generate(model: &dyn Decoder, new: usize, prompt: i64, repeats: usize) -> Val
         }
         times.push(begin.elapsed().as_secs_f64());
     }
-    json!({"samples": &times[1..], "tokens": tokens})
+    Ok(json!({"samples": &times[1..], "tokens": tokens}))
 }
 
 fn merge(dir: &std::path::Path, out: &std::path::Path) -> Result<Value> {

@@ -1,13 +1,16 @@
 //! In which bits a base is kept: as flags, as a setting, and in `run.json`.
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use peft::core::{Model, Slot, nearest};
 use peft::models::{Source, Task, linear_layers};
 use peft::quant::{Block, Compat, Format, Four, Scheme, Type};
 use peft::tch::Device;
+use peft::train::Run;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::error::usage;
 
@@ -146,6 +149,17 @@ impl Wish {
 }
 
 impl Quantization {
+    /// What `run.json` says besides of a run that quantised its base.
+    pub(crate) fn of_run(more: &Map<String, Value>) -> Result<Option<Quantization>> {
+        let Some(value) = more.get(QUANTIZATION).filter(|it| !it.is_null()) else {
+            return Ok(None);
+        };
+        let bits = serde_json::from_value(value.clone());
+        Ok(Some(bits.with_context(|| {
+            format!("`{QUANTIZATION}` in run.json")
+        })?))
+    }
+
     /// The format of the base.
     pub(crate) fn format(&self) -> Result<Format> {
         let four = |kind| -> Result<Scheme> {
@@ -257,6 +271,20 @@ pub(crate) fn in_bits(model: &mut (impl Model + ?Sized)) -> Option<String> {
         Bits::Nf4 => format!("linear layers in NF4{double}"),
         Bits::Fp4 => format!("linear layers in FP4{double}"),
     })
+}
+
+/// Says what an adapter folder does not hold of the run that it is made of: the bits of its base.
+pub(crate) fn say_what_is_left(run: &Path) -> Result<()> {
+    if Run::is_run(run)
+        && let Some(bits) = Quantization::of_run(&Run::open(run)?.info()?.more)?
+    {
+        eprintln!(
+            "note: {} was trained over its base in {}; the new folder names the base alone, and opens over it as it is stored",
+            run.display(),
+            bits.line()
+        );
+    }
+    Ok(())
 }
 
 /// Says so where libtorch's operations decode weights on a GPU, for want of the kernels.

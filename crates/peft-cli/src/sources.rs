@@ -29,7 +29,7 @@ use crate::{
     args::Placement,
     commands::train::BASE,
     error::usage,
-    quantization::{QUANTIZATION, Quantization, say_what_decodes},
+    quantization::{Quantization, say_what_decodes},
 };
 
 /// On-disk name of an adapter's configuration.
@@ -40,7 +40,7 @@ const ADAPTER_CONFIG: &str = "adapter_config.json";
 pub(crate) struct SourceArgs {
     /// A run folder, an adapter folder, or a model
     #[arg(value_name = "RUN")]
-    run: Option<String>,
+    pub(crate) run: Option<String>,
     #[command(flatten)]
     base: BaseArgs,
     /// The adapter with the lowest held-out loss instead of the last one
@@ -531,17 +531,15 @@ pub(crate) const TASK: &str = "task";
 pub(crate) const CLASSES: &str = "classes";
 pub(crate) const PROBLEM: &str = "problem_type";
 
-/// Task and head of a run, from what `run.json` says besides.
 /// How the base of a run is kept; of one that `--model` names as well, since the adapter was made for it.
 fn format_of(more: &serde_json::Map<String, serde_json::Value>) -> Result<Format> {
-    let Some(value) = more.get(QUANTIZATION).filter(|it| !it.is_null()) else {
-        return Ok(Format::as_stored());
-    };
-    let wish: Quantization = serde_json::from_value(value.clone())
-        .with_context(|| format!("`{QUANTIZATION}` in run.json"))?;
-    wish.format()
+    match Quantization::of_run(more)? {
+        Some(bits) => bits.format(),
+        None => Ok(Format::as_stored()),
+    }
 }
 
+/// Task and head of a run, from what `run.json` says besides.
 fn of_more(more: &serde_json::Map<String, serde_json::Value>) -> (Option<Task>, HeadOptions) {
     let text = |key: &str| more.get(key).and_then(|it| it.as_str());
     let classes = more.get(CLASSES).and_then(|it| it.as_array());

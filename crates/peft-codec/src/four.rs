@@ -4,7 +4,7 @@
 
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::simd;
 use crate::{
     element::Element,
@@ -24,6 +24,8 @@ pub enum Level {
     Avx512,
     /// And BF16, VBMI and VBMI2.
     Avx512Bf16,
+    /// NEON, which every processor of 64-bit Arm has.
+    Neon,
 }
 
 impl Level {
@@ -48,7 +50,18 @@ impl Level {
                 }
             }
         }
+        if cfg!(all(target_arch = "aarch64", target_endian = "little")) {
+            all.push(Level::Neon);
+        }
         all
+    }
+
+    /// This one, or the best, where the processor does not have it.
+    pub(crate) fn here(self) -> Level {
+        match Level::all().contains(&self) {
+            true => self,
+            false => Level::best(),
+        }
     }
 }
 
@@ -77,7 +90,7 @@ pub fn quantise_at<T: Element>(
     block: Block,
     compat: Compat,
 ) -> Packed {
-    let level = level.min(Level::best());
+    let level = level.here();
     let decision = Decision::of(kind, compat);
     let mut bytes = vec![0; values.len().div_ceil(2)];
     let mut absmax = vec![0.0; block.count(values.len())];
@@ -130,7 +143,7 @@ fn encode<T: Element>(
     bytes: &mut [u8],
     size: usize,
 ) -> f32 {
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     if level > Level::Scalar && values.len() == size {
         // Nothing unusual in it, or the scalar form has to decide.
         if let Some(absmax) = simd::encode(level, decision, values, bytes) {

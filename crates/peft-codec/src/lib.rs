@@ -15,7 +15,7 @@
 //! Reading is one: the product in fp32, rounded once.
 //!
 //! The crate knows no tensors and no libtorch: slices in, slices out, on all cores. Each operation has a scalar form that says what
-//! it is, and forms for AVX2 and AVX-512 that give the same bits; [`Level`] chooses.
+//! it is, and forms for AVX2, AVX-512 and NEON that give the same bits; [`Level`] chooses.
 //!
 //! ```
 //! use peft_codec::{Block, Compat, Type, dequantise, quantise};
@@ -33,6 +33,7 @@
     allow(
         dead_code,
         unused_imports,
+        unused_mut,
         reason = "tables that only vector instructions read"
     )
 )]
@@ -43,8 +44,12 @@ mod error;
 mod four;
 mod map;
 mod multiply;
+mod nearest;
 mod nested;
 #[cfg(target_arch = "x86_64")]
+mod simd;
+#[cfg(target_arch = "aarch64")]
+#[path = "neon.rs"]
 mod simd;
 mod state;
 mod table;

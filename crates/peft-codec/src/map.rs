@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::{
     error::{Error, Result, length},
+    nearest,
     table::Compat,
 };
 
@@ -97,7 +98,7 @@ impl Map {
     }
 
     /// For each of 65,536 bins of [-1, 1] the code of its middle, as the CPU path of `bitsandbytes` looks it up.
-    pub(crate) fn bins(&self) -> Vec<u8> {
+    fn bins(&self) -> Vec<u8> {
         let middles = (0u16..=65535).map(|i| -1.0 + 2.0 * f32::from(i) / 65535.0);
         middles.map(|it| self.nearest(it)).collect()
     }
@@ -108,6 +109,11 @@ impl Map {
         bins[((v + 1.0) * 0.5 * 65535.0 + 0.5) as usize & 0xffff]
     }
 }
+
+/// [`Map::bins`] of the signed map.
+pub(crate) static SIGNED_BINS: LazyLock<Vec<u8>> = LazyLock::new(|| Map::signed().bins());
+/// [`Map::bins`] of the unsigned map.
+pub(crate) static UNSIGNED_BINS: LazyLock<Vec<u8>> = LazyLock::new(|| Map::unsigned().bins());
 
 /// Numbers in 8 bits.
 #[derive(Debug, Clone, PartialEq)]
@@ -121,9 +127,20 @@ pub struct Quantised {
 /// Quantises to a map, `block` numbers sharing a scale.
 pub fn quantise_blockwise(values: &[f32], map: &Map, block: usize, compat: Compat) -> Quantised {
     let block = block.max(1);
-    let bins = match compat {
-        Compat::Cuda => Vec::new(),
-        Compat::Cpu => map.bins(),
+    let other;
+    let bins: &[u8] = match compat {
+        Compat::Cuda => &[],
+        Compat::Cpu if map == Map::signed() => &SIGNED_BINS,
+        Compat::Cpu if map == Map::unsigned() => &UNSIGNED_BINS,
+        Compat::Cpu => {
+            other = map.bins();
+            &other
+        }
+    };
+    let known = match map {
+        map if map == Map::signed() => Some(nearest::signed as fn(f32) -> u8),
+        map if map == Map::unsigned() => Some(nearest::unsigned as fn(f32) -> u8),
+        _ => None,
     };
     let mut codes = vec![0; values.len()];
     let mut absmax = vec![0.0; values.len().div_ceil(block)];
@@ -134,10 +151,11 @@ pub fn quantise_blockwise(values: &[f32], map: &Map, block: usize, compat: Compa
             *absmax = values.iter().fold(0f32, |most, x| most.max(x.abs()));
             let scale = 1.0 / *absmax;
             for (x, code) in values.iter().zip(codes) {
-                *code = match compat {
-                    Compat::Cuda => map.nearest(x * scale),
-                    Compat::Cpu if *absmax == 0.0 => 0,
-                    Compat::Cpu => Map::binned(&bins, x * scale),
+                *code = match (compat, known) {
+                    (Compat::Cuda, Some(nearest)) => nearest(x * scale),
+                    (Compat::Cuda, None) => map.nearest(x * scale),
+                    (Compat::Cpu, _) if *absmax == 0.0 => 0,
+                    (Compat::Cpu, _) => Map::binned(bins, x * scale),
                 };
             }
         });

@@ -15,6 +15,11 @@
 
 #[cfg(target_arch = "x86_64")]
 mod simd;
+#[cfg(target_arch = "aarch64")]
+#[path = "multiply/neon.rs"]
+mod simd;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod tile;
 
 use std::ops::Range;
 
@@ -79,7 +84,7 @@ impl Activations {
             x.len()
         );
         let brain = T::FORMAT == Format::Brain;
-        let lines = match brain && level.min(Level::best()) >= Level::Avx512Bf16 {
+        let lines = match brain && level.here() == Level::Avx512Bf16 {
             true => {
                 let mut lines = vec![Words([bf16::ZERO; 32]); m * inp.div_ceil(CHUNK) * 4];
                 arrange(
@@ -182,17 +187,24 @@ impl View<'_> {
             table: &table,
             ..*self
         };
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
         if x.inp > 0 && x.inp.is_multiple_of(self.block.size()) {
             let done = match &x.lines {
+                #[cfg(target_arch = "x86_64")]
                 Lines::Words(lines) if self.level >= Level::Avx512Bf16 => {
                     view.tiles(x, rows.clone(), out, lines, simd::words)
                 }
+                #[cfg(target_arch = "x86_64")]
                 Lines::Floats(lines) if self.level >= Level::Avx512 => {
                     view.tiles(x, rows.clone(), out, lines, simd::floats_512)
                 }
+                #[cfg(target_arch = "x86_64")]
                 Lines::Floats(lines) if self.level == Level::Avx2 => {
                     view.tiles(x, rows.clone(), out, lines, simd::floats_256)
+                }
+                #[cfg(target_arch = "aarch64")]
+                Lines::Floats(lines) if self.level == Level::Neon => {
+                    view.tiles(x, rows.clone(), out, lines, simd::floats)
                 }
                 _ => false,
             };
@@ -221,19 +233,19 @@ impl View<'_> {
 
     /// Of rows that are whole blocks: few rows at a time, so that what was loaded of `x` serves them all. Of many rows of `x`
     /// only a panel that stays in the first cache, times all rows of this.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     fn tiles<L>(
         &self,
         x: &Activations,
         rows: Range<usize>,
         out: &mut [f32],
         lines: &[L],
-        kernel: impl Fn(&simd::Tile<'_, L>, &mut [[f32; simd::X]; simd::W]),
+        kernel: impl Fn(&tile::Tile<'_, L>, &mut [[f32; tile::X]; tile::W]),
     ) -> bool {
         let (count, inp, block) = (rows.len(), x.inp, self.block.size());
-        let (shift, over) = (block.trailing_zeros(), simd::over_lanes(block));
+        let (shift, over) = (block.trailing_zeros(), tile::over_lanes(block));
         let (a_row, lines_a_row) = (inp / block, lines.len() / x.m.max(1));
-        let mut rooms = [(); simd::W].map(|()| vec![0.0; a_row + BEYOND]);
+        let mut rooms = [(); tile::W].map(|()| vec![0.0; a_row + BEYOND]);
         out.fill(0.0);
         let mut r = 0;
         while r < x.m {
@@ -246,15 +258,15 @@ impl View<'_> {
             let panel = panel.max(block);
             for from in (0..inp).step_by(panel) {
                 let to = inp.min(from + panel);
-                for i in (0..count).step_by(simd::W) {
-                    let w = (count - i).min(simd::W);
+                for i in (0..count).step_by(tile::W) {
+                    let w = (count - i).min(tile::W);
                     let row = rows.start + i;
-                    let mut scales = [&[][..]; simd::W];
+                    let mut scales = [&[][..]; tile::W];
                     for (j, room) in rooms[..w].iter_mut().enumerate() {
                         let first = (row + j) * a_row + (from >> shift);
                         scales[j] = self.scales_and_beyond(first, (to - from) >> shift, room);
                     }
-                    let tile = simd::Tile {
+                    let tile = tile::Tile {
                         rows: w,
                         count: n,
                         bytes: &self.bytes[row * inp / 2..],
@@ -268,7 +280,7 @@ impl View<'_> {
                         x: &lines[r * lines_a_row..(r + n) * lines_a_row],
                         level: self.level,
                     };
-                    let mut sums = [[0.0; simd::X]; simd::W];
+                    let mut sums = [[0.0; tile::X]; tile::W];
                     kernel(&tile, &mut sums);
                     for (j, sums) in sums[..w].iter().enumerate() {
                         for (k, sum) in sums[..n].iter().enumerate() {
@@ -283,7 +295,7 @@ impl View<'_> {
     }
 
     /// The scales of `count` blocks, and [`BEYOND`] numbers more.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     fn scales_and_beyond<'b>(
         &'b self,
         first: usize,

@@ -9,7 +9,7 @@
 
 use rayon::prelude::*;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::simd;
 use crate::{
     element::Element,
@@ -100,7 +100,7 @@ impl<'a> View<'a> {
     /// With given instructions, which the processor must have ([`Level::all`]); others are replaced by its best.
     pub fn at(self, level: Level) -> View<'a> {
         View {
-            level: level.min(Level::best()),
+            level: level.here(),
             ..self
         }
     }
@@ -224,7 +224,7 @@ impl<'a> View<'a> {
 fn decode<T: Element>(level: Level, table: &[f32; 16], absmax: f32, bytes: &[u8], out: &mut [T]) {
     let products = table.map(|value| T::round(value * absmax));
     let mut done = 0;
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     if level > Level::Scalar {
         done = simd::decode(&products, bytes, out);
     }

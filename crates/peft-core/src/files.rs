@@ -3,18 +3,22 @@
 use std::{
     fs::{self, File},
     io::{BufWriter, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use crate::{Error, Result};
 
-/// Writes a file under another name and renames it when it is on the disk.
+/// Writes a file under another name and renames it when it is on the disk. A link stays one: what it points to is replaced.
+///
+/// # Errors
+/// If something is there that is no file, such as a folder or a device.
 ///
 /// Whatever happens, a full disk or a kill, `path` holds the old content or the new, never half.
 pub fn write(
     path: &Path,
     content: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
 ) -> Result<()> {
+    let path = &replaceable(path)?;
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -33,6 +37,20 @@ pub fn write(
             source,
         }
     })
+}
+
+/// Where a file is put so that it lies at this path.
+fn replaceable(path: &Path) -> Result<PathBuf> {
+    match fs::metadata(path) {
+        Ok(there) if there.is_file() && path.is_symlink() => {
+            fs::canonicalize(path).map_err(Error::io(path))
+        }
+        Ok(there) if there.is_dir() => Err(Error::file(path, "is a folder, not a file")),
+        Ok(there) if !there.is_file() => {
+            Err(Error::file(path, "is no file, and is not replaced by one"))
+        }
+        _ => Ok(path.to_owned()),
+    }
 }
 
 /// Writes text whole or not at all.
@@ -56,4 +74,28 @@ pub fn write_json(path: &Path, json: &serde_json::Value) -> Result<()> {
 pub fn read_json(path: &Path) -> Result<serde_json::Value> {
     let text = fs::read_to_string(path).map_err(Error::io(path))?;
     serde_json::from_str(&text).map_err(|error| Error::file(path, error))
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_stay_and_devices_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, link) = (dir.path().join("a"), dir.path().join("b"));
+        write_text(&file, "1").unwrap();
+        std::os::unix::fs::symlink("a", &link).unwrap();
+        write_text(&link, "2").unwrap();
+        assert!(link.is_symlink());
+        assert_eq!(fs::read_to_string(&file).unwrap(), "2");
+
+        let folder = write_text(dir.path(), "3").unwrap_err().to_string();
+        assert!(folder.contains("is a folder"), "{folder}");
+        let device = write_text(Path::new("/dev/null"), "4").unwrap_err();
+        assert!(
+            device.to_string().contains("/dev/null: is no file"),
+            "{device}"
+        );
+    }
 }

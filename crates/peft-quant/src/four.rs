@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use peft_codec::{
-    Activations, Compat, Map, NESTED_BLOCK, Nested, NestedState, Packed, Scales, State, View,
+    Activations, Compat, Map, NESTED_BLOCK, Nested, NestedState, Scales, State, View,
     quantise_piece,
 };
 use peft_core::{Error, Result};
@@ -48,7 +48,7 @@ impl FourBits {
     pub(crate) fn encode(scheme: &Four, weight: &Tensor) -> Result<FourBits> {
         let device = weight.device();
         let flat = weight.detach().to_device(Device::Cpu).contiguous();
-        let packed = match flat.kind() {
+        let (bytes, absmax) = match flat.kind() {
             Kind::BFloat16 => with_slice(&flat, |x: &[bf16]| encode(scheme, x))?,
             Kind::Half => with_slice(&flat, |x: &[f16]| encode(scheme, x))?,
             Kind::Float => with_slice(&flat, |x: &[f32]| encode(scheme, x))?,
@@ -57,18 +57,18 @@ impl FourBits {
                     "a weight of type {other:?} cannot be quantised"
                 ))));
             }
-        };
+        }?;
         let vector = |x: &[f32]| Tensor::from_slice(x).to_device(device);
-        let bytes = |x: &[u8]| Tensor::from_slice(x).to_device(device);
         let (scales, nested) = match scheme.double_quant {
-            false => (Kept::Plain(vector(&packed.absmax)), None),
+            false => (Kept::Plain(absmax.to_device(device)), None),
             true => {
                 // libtorch's mean, as Python takes it, in whatever order it adds.
-                let mean = Tensor::from_slice(&packed.absmax).mean(Kind::Float);
-                let offset = mean.double_value(&[]) as f32;
-                let nested = Nested::around(&packed.absmax, offset, scheme.compat);
+                let offset = absmax.mean(Kind::Float).double_value(&[]) as f32;
+                let nested = with_slice(&absmax, |absmax: &[f32]| {
+                    Nested::around(absmax, offset, scheme.compat)
+                })?;
                 let kept = Kept::Nested {
-                    codes: bytes(&nested.codes),
+                    codes: Tensor::from_slice(&nested.codes).to_device(device),
                     absmax: vector(&nested.absmax),
                     map: vector(nested.map.values()),
                 };
@@ -81,7 +81,7 @@ impl FourBits {
             }
         };
         Ok(FourBits {
-            packed: bytes(&packed.bytes).view([-1, 1]),
+            packed: bytes.to_device(device).view([-1, 1]),
             scales,
             state: State {
                 quant_type: scheme.kind,
@@ -387,36 +387,31 @@ fn spread(scales: &Tensor, block: usize, n: i64) -> Tensor {
     all.reshape([-1]).narrow(0, 0, n)
 }
 
-/// Encodes on libtorch's threads, which would else keep the cores busy waiting while others work.
-fn encode<T: peft_codec::Element>(scheme: &Four, values: &[T]) -> Packed {
-    let room = |values: &[T]| Packed {
-        bytes: vec![0; values.len().div_ceil(2)],
-        absmax: vec![0.0; scheme.block.count(values.len())],
-    };
-    let mut pieces: Vec<(&[T], Packed)> = values.chunks(PIECE).map(|it| (it, room(it))).collect();
-    for_each_chunk(&mut pieces, 1, |_, pieces| {
-        for (values, to) in pieces {
-            let Four {
-                kind,
-                block,
-                compat,
-                ..
-            } = *scheme;
-            quantise_piece(values, kind, block, compat, &mut to.bytes, &mut to.absmax)
-                .expect("room for a piece");
-        }
-    });
-    let pieces = || pieces.iter().map(|it| &it.1);
-    Packed {
-        bytes: pieces()
-            .map(|it| &it.bytes[..])
-            .collect::<Vec<_>>()
-            .concat(),
-        absmax: pieces()
-            .map(|it| &it.absmax[..])
-            .collect::<Vec<_>>()
-            .concat(),
-    }
+/// The codes, two a byte, and the scales. Encodes on libtorch's threads, which would else keep the cores busy waiting while others
+/// work.
+fn encode<T: peft_codec::Element>(scheme: &Four, values: &[T]) -> Result<(Tensor, Tensor)> {
+    let Four {
+        kind,
+        block,
+        compat,
+        ..
+    } = *scheme;
+    let empty = |n: usize, kind| Tensor::empty([n as i64], (kind, Device::Cpu));
+    let mut bytes = empty(values.len().div_ceil(2), Kind::Uint8);
+    let mut absmax = empty(block.count(values.len()), Kind::Float);
+    with_slice_mut(&mut bytes, |bytes: &mut [u8]| {
+        with_slice_mut(&mut absmax, |absmax: &mut [f32]| {
+            let pieces = values.chunks(PIECE).zip(bytes.chunks_mut(PIECE / 2));
+            let pieces = pieces.zip(absmax.chunks_mut(PIECE / block.size()));
+            for_each_chunk(&mut pieces.collect::<Vec<_>>(), 1, |_, pieces| {
+                for ((values, bytes), absmax) in pieces {
+                    quantise_piece(values, kind, block, compat, bytes, absmax)
+                        .expect("room for a piece");
+                }
+            });
+        })
+    })??;
+    Ok((bytes, absmax))
 }
 
 /// As `bitsandbytes` writes a type.

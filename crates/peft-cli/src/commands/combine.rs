@@ -15,6 +15,7 @@ use peft::{
 use crate::{
     args::fresh_folder,
     error::{of_settings, usage},
+    quantization::say_what_is_left,
     sources::{adapter_folder, base_of},
     terminal::{bytes, grouped},
 };
@@ -125,6 +126,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         grouped(numbers),
         bytes(size as u64),
     );
+    for path in &args.adapters {
+        say_what_is_left(path)?;
+    }
     println!("\nNext:\n  peft check {}", args.out.display());
     Ok(())
 }

@@ -2,7 +2,7 @@
 //!
 //! Of each layer's change ΔW the largest singular values are kept. What that loses is said for each layer.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use console::style;
@@ -16,6 +16,7 @@ use crate::{
     args::fresh_folder,
     commands::check::plain_table,
     error::{of_settings, usage},
+    quantization::say_what_is_left,
     sources::SourceArgs,
     terminal::{bytes, grouped},
 };
@@ -76,6 +77,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         bytes(4 * numbers.unsigned_abs()),
     );
     println!("{}", table(&converted.layers));
+    if let Some(run) = &args.source.run {
+        say_what_is_left(Path::new(run))?;
+    }
     println!("\nNext:\n  peft check {}", args.out.display());
     Ok(())
 }

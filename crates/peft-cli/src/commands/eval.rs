@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use console::style;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{
@@ -275,10 +275,12 @@ fn json((file, on, off): &Line) -> serde_json::Value {
 fn table(lines: &[Line]) -> Table {
     let both = lines.iter().any(|line| line.2.is_some());
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table
+        .load_style(presets::UTF8_HORIZONTAL_ONLY)
+        .set_content_arrangement(ContentArrangement::Dynamic); // as wide as the terminal at most
     let mut head = vec!["file", "tokens", "loss", "perplexity"];
     if both {
-        head.extend(["loss without adapter", "perplexity without"]);
+        head.extend(["loss without", "perplexity without"]);
     }
     table.set_header(head);
     for (file, on, off) in lines {

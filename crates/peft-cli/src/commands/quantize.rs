@@ -47,7 +47,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     dtype: DtypeChoice,
     /// The largest file of the folder, in megabytes
-    #[arg(long, value_name = "MB", default_value_t = 5000)]
+    #[arg(long, value_name = "MB", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..))]
     shard_size: u64,
 }
 

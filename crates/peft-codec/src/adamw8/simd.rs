@@ -2,11 +2,12 @@
 
 use std::arch::x86_64::*;
 
-use super::{Block, LEAST, NONE, Nearest, STATE_BLOCK, Step};
+use super::{Block, STATE_BLOCK, Step};
 use crate::{
     element::Element,
     four::Level,
     map::Map,
+    nearest::{LEAST, NONE, Nearest},
     simd::{ahead, load_512, store_512},
 };
 

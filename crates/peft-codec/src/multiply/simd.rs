@@ -1,4 +1,4 @@
-//! Products of a tile: few rows of the matrix with few rows of `x`.
+//! Products of a tile with AVX2 and AVX-512.
 
 #![expect(
     clippy::needless_range_loop,
@@ -7,13 +7,11 @@
 
 use std::arch::x86_64::*;
 
-use super::{BEYOND, CHUNK, Floats, Words};
+use super::{
+    CHUNK, Floats, Words,
+    tile::{Tile, W, X, by_rows},
+};
 use crate::{four::Level, simd::ahead};
-
-/// Most rows of the matrix.
-pub(super) const W: usize = 2;
-/// Most rows of `x`: 1, 2, 4 or 8 of them.
-pub(super) const X: usize = 8;
 
 /// Whether products of pairs in bf16 with `m` rows are faster than those in fp32: where a pair takes as long as one number, always,
 /// and otherwise where looking values up costs more than multiplying them, which is once for all rows.
@@ -21,68 +19,6 @@ pub(super) fn pairs_pay(m: usize) -> bool {
     let vendor = __cpuid(0);
     let amd = [vendor.ebx, vendor.edx, vendor.ecx] == [0x6874_7541, 0x6974_6e65, 0x444d_4163]; // AuthenticAMD
     amd || m == 1
-}
-
-/// What is multiplied.
-pub(super) struct Tile<'a, L> {
-    /// Of the matrix: one or two.
-    pub(super) rows: usize,
-    /// Of `x`.
-    pub(super) count: usize,
-    /// Codes of these rows of `inp`, whole blocks, and perhaps of more.
-    pub(super) bytes: &'a [u8],
-    /// Of each block from `from` on, and [`BEYOND`] more, for each row.
-    pub(super) scales: [&'a [f32]; W],
-    pub(super) table: &'a [f32; 16],
-    /// Two to the power of this is a block.
-    pub(super) shift: u32,
-    /// [`over_lanes`].
-    pub(super) over: [i32; 16],
-    pub(super) inp: usize,
-    /// Which numbers of a row: blocks, and chunks but for a row's end.
-    pub(super) from: usize,
-    pub(super) to: usize,
-    /// Rows of as many chunks as `inp` begins.
-    pub(super) x: &'a [L],
-    pub(super) level: Level,
-}
-
-impl<L> Tile<'_, L> {
-    /// How many rows there are of both, all lengths being as they should.
-    fn rows(&self, lines_a_chunk: usize) -> (usize, usize) {
-        let (inp, from, to) = (self.inp, self.from, self.to);
-        assert!((5..32).contains(&self.shift));
-        let block = 1usize << self.shift;
-        let whole = block.max(CHUNK) - 1; // as a mask
-        assert!(from < to && to <= inp && inp & (block - 1) == 0 && from & whole == 0);
-        assert!(to == inp || to & whole == 0);
-        assert!(self.rows <= W && self.bytes.len() >= self.rows * (inp / 2));
-        let scales = self.scales[..self.rows].iter();
-        assert!(
-            scales
-                .map(|it| it.len())
-                .all(|n| n >= ((to - from) >> self.shift) + BEYOND)
-        );
-        assert!(self.x.len() == self.count * inp.div_ceil(CHUNK) * lines_a_chunk);
-        (self.rows, self.count)
-    }
-}
-
-/// Calls a kernel for as many rows as there are.
-macro_rules! by_rows {
-    ($rows:expr, $kernel:ident, $tile:expr, $sums:expr) => {
-        match $rows {
-            (1, 1) => $kernel::<1, 1>($tile, $sums),
-            (1, 2) => $kernel::<1, 2>($tile, $sums),
-            (1, 4) => $kernel::<1, 4>($tile, $sums),
-            (1, 8) => $kernel::<1, 8>($tile, $sums),
-            (2, 1) => $kernel::<2, 1>($tile, $sums),
-            (2, 2) => $kernel::<2, 2>($tile, $sums),
-            (2, 4) => $kernel::<2, 4>($tile, $sums),
-            (2, 8) => $kernel::<2, 8>($tile, $sums),
-            other => unreachable!("a tile of {other:?} rows"),
-        }
-    };
 }
 
 /// In bf16.
@@ -107,11 +43,6 @@ pub(super) fn floats_256(tile: &Tile<'_, Floats>, sums: &mut [[f32; X]; W]) {
     assert!(tile.level >= Level::Avx2);
     // SAFETY: `Level` says that the processor has the instructions; the lengths are checked.
     unsafe { by_rows!(rows, floats_256_of, tile, sums) }
-}
-
-/// How the scales of a chunk, up to four, come to lie over its 16 lanes of eight codes.
-pub(super) fn over_lanes(block: usize) -> [i32; 16] {
-    std::array::from_fn(|lane| (8 * lane / block) as i32)
 }
 
 /// Where a chunk of 512 bits is, and what is in registers beside the sums.

@@ -1,0 +1,134 @@
+//! The nearest of the 256 values of a known map, without a search.
+
+use std::sync::LazyLock;
+
+use crate::map::Map;
+
+/// The search among the magnitudes of a map as one lookup and one comparison.
+///
+/// A number's bits from its sign down to some of the mantissa choose an entry; these intervals are so short that each holds at
+/// most one of the thresholds between values. An entry is the count of thresholds below its interval, above 24 bits that hold
+/// the rest of the bits of the threshold inside, which a number's own rest is compared with.
+pub(crate) struct Nearest {
+    pub(crate) entries: Vec<u32>,
+    /// Bits of the mantissa that are compared.
+    pub(crate) rest: u32,
+}
+
+/// Magnitudes below this are the value zero in both maps.
+pub(crate) const LEAST: u32 = 0x3400_0000; // 2^-23
+
+/// No rest is above it.
+pub(crate) const NONE: u32 = 0xff_ffff;
+
+pub(crate) static SIGNED: LazyLock<Nearest> =
+    LazyLock::new(|| Nearest::of(&Map::signed().values()[127..], 1));
+pub(crate) static UNSIGNED: LazyLock<Nearest> =
+    LazyLock::new(|| Nearest::of(Map::unsigned().values(), 0));
+
+impl Nearest {
+    /// Of magnitudes in rising order, of which the first is zero. A tie goes to the even code, and that of zero is `parity`.
+    fn of(values: &[f32], parity: usize) -> Nearest {
+        let thresholds = values.windows(2).enumerate().map(|(i, pair)| {
+            let middle = (pair[0] + pair[1]) * 0.5;
+            match (i + parity).is_multiple_of(2) {
+                true => middle.to_bits(), // only what is above goes up
+                false => middle.to_bits() - 1,
+            }
+        });
+        let thresholds: Vec<u32> = thresholds.collect();
+        let one = 1f32.to_bits();
+        let fits = |rest: u32| {
+            let mut places = thresholds.iter().map(|t| t >> rest);
+            let first = places.next();
+            places
+                .try_fold(first, |last, it| (last < Some(it)).then_some(Some(it)))
+                .is_some()
+        };
+        let rest = (0..=23).rev().find(|rest| fits(*rest)).unwrap_or(0);
+        let mut entries = Vec::new();
+        for place in LEAST >> rest..=one >> rest {
+            let below = thresholds.iter().filter(|t| **t >> rest < place).count();
+            let inside = thresholds.iter().find(|t| **t >> rest == place);
+            let inside = inside.map_or(NONE, |t| t & ((1 << rest) - 1));
+            entries.push((below as u32) << 24 | inside);
+        }
+        Nearest { entries, rest }
+    }
+
+    /// How many thresholds are below a magnitude, given as bits.
+    fn rank(&self, bits: u32) -> u32 {
+        let bits = bits.clamp(LEAST, 1f32.to_bits());
+        let entry = self.entries[((bits - LEAST) >> self.rest) as usize];
+        (entry >> 24) + u32::from(bits & ((1 << self.rest) - 1) > (entry & NONE))
+    }
+}
+
+/// As [`Map::nearest`] of the signed map.
+pub(crate) fn signed(v: f32) -> u8 {
+    let steps = SIGNED.rank(v.abs().to_bits());
+    let code = match v.is_sign_negative() {
+        true => 127 - steps.min(127),
+        false => 127 + steps,
+    };
+    if v.is_nan() { 0 } else { code as u8 }
+}
+
+/// As [`Map::nearest`] of the unsigned map.
+pub(crate) fn unsigned(v: f32) -> u8 {
+    // What is no number, or negative, is zero.
+    UNSIGNED.rank(v.max(0.0).to_bits()) as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_lookup_finds_the_nearest() {
+        let maps = [
+            (Map::signed(), &*SIGNED, 127),
+            (Map::unsigned(), &*UNSIGNED, 0),
+        ];
+        assert_eq!((SIGNED.rest, UNSIGNED.rest), (17, 16)); // the vector form has them as constants
+        for (map, nearest, zero) in maps {
+            assert!(
+                nearest.entries.len() < 4096,
+                "it should stay in the first cache"
+            );
+            let values = &map.values()[zero..];
+            let mut all = vec![
+                0,
+                1,
+                LEAST - 1,
+                LEAST,
+                LEAST + 1,
+                1f32.to_bits() - 1,
+                1f32.to_bits(),
+            ];
+            for pair in values.windows(2) {
+                let middle = ((pair[0] + pair[1]) * 0.5).to_bits();
+                all.extend(middle - 3..=middle + 3);
+                all.extend([pair[0].to_bits(), pair[1].to_bits()]);
+            }
+            all.extend((0..1f32.to_bits()).step_by(1009));
+            for bits in all {
+                let wanted = u32::from(map.nearest(f32::from_bits(bits))) - zero as u32;
+                assert_eq!(nearest.rank(bits), wanted, "{bits:#x}");
+                if zero == 127 {
+                    let mirrored = 127 - u32::from(map.nearest(-f32::from_bits(bits)));
+                    assert_eq!(nearest.rank(bits).min(127), mirrored, "-{bits:#x}");
+                }
+            }
+        }
+    }
+    #[test]
+    fn codes_are_those_of_the_search() {
+        let special = [f32::NAN, f32::INFINITY, 0.0, 1.5, f32::MIN_POSITIVE];
+        let spread = (0..1u32 << 30).step_by(50_021).map(f32::from_bits);
+        for v in special.into_iter().chain(spread).flat_map(|v| [v, -v]) {
+            assert_eq!(signed(v), Map::signed().nearest(v), "{v:e}");
+            assert_eq!(unsigned(v), Map::unsigned().nearest(v), "{v:e}");
+        }
+    }
+}
