@@ -222,16 +222,21 @@ def open4bit(args):
 
 
 def timed(args, body):
-    """Seconds of each call, five a turn after one that is not counted."""
+    """Seconds of calls: in each turn nothing for 0.03 s, then at least five of them and 0.06 s."""
     samples = []
     body()
     for _ in range((args.repeats + 4) // 5):
         turn()
+        begun = time.perf_counter()
         body()
-        for _ in range(5):
+        while time.perf_counter() - begun < 0.03:
+            body()
+        begun, calls = time.perf_counter(), 0
+        while calls < 5 or time.perf_counter() - begun < 0.06:
             begin = time.perf_counter()
             body()
             samples.append(time.perf_counter() - begin)
+            calls += 1
     return samples
 
 
@@ -339,6 +344,7 @@ def main():
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--dense", action="store_true", help="ours alone has it")
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--size", type=int, default=1 << 24)
     parser.add_argument("--out")

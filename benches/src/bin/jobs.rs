@@ -112,7 +112,7 @@ enum Job {
     Quantise(Weight),
     /// NF4 to [rows, columns], into memory that is used again
     Dequantise(Weight),
-    /// x: [tokens, columns] through NF4 [rows, columns], one layer after the other, in turn with dense ones
+    /// x: [tokens, columns] through NF4 [rows, columns], one layer after the other
     Linear4bit {
         #[command(flatten)]
         weight: Weight,
@@ -120,6 +120,9 @@ enum Job {
         tokens: i64,
         #[arg(long, default_value_t = 1)]
         copies: usize,
+        /// Dense layers besides, in turn
+        #[arg(long)]
+        dense: bool,
     },
     /// One step of QLoRA on a model with made-up weights of the shape that a config.json describes
     Scale {
@@ -357,7 +360,8 @@ fn main() -> Result<()> {
             weight,
             tokens,
             copies,
-        } => linear4bit(weight, tokens, copies)?,
+            dense,
+        } => linear4bit(weight, tokens, copies, dense)?,
         Job::Merge { model, out } => merge(&model, &out)?,
         Job::Mixed {
             model,
@@ -411,8 +415,11 @@ fn turn() -> Result<()> {
     Ok(())
 }
 
-/// So many calls are timed a turn, after one that is not.
-const A_TURN: usize = 5;
+/// Timed in a turn are at least so many calls, and at least so many seconds of them.
+const A_TURN: (usize, f64) = (5, 0.06);
+
+/// So long nothing is timed in a turn: the caches hold what the program before needed.
+const WARM: f64 = 0.03;
 
 /// What is timed.
 type Body<'a> = &'a mut dyn FnMut() -> peft_core::Result<()>;
@@ -426,17 +433,28 @@ fn timed(repeats: usize, mut body: impl FnMut() -> peft_core::Result<()>) -> Res
 /// The same of several things, one call of each after the other: a machine whose clock changes is as slow for all.
 fn in_turn<const N: usize>(repeats: usize, mut bodies: [Body<'_>; N]) -> Result<[Vec<f64>; N]> {
     let mut samples = [(); N].map(|()| Vec::new());
-    bodies.iter_mut().try_for_each(|body| body())?;
-    for _ in 0..repeats.div_ceil(A_TURN) {
-        turn()?;
-        for i in 0..=A_TURN {
-            for (body, samples) in bodies.iter_mut().zip(&mut samples) {
-                let begun = Instant::now();
-                body()?;
-                if i > 0 {
-                    samples.push(begun.elapsed().as_secs_f64());
-                }
+    let mut call = |bodies: &mut [Body<'_>; N], keep: bool| -> Result<()> {
+        for (body, samples) in bodies.iter_mut().zip(&mut samples) {
+            let begun = Instant::now();
+            body()?;
+            if keep {
+                samples.push(begun.elapsed().as_secs_f64());
             }
+        }
+        Ok(())
+    };
+    call(&mut bodies, false)?;
+    for _ in 0..repeats.div_ceil(A_TURN.0) {
+        turn()?;
+        let begun = Instant::now();
+        call(&mut bodies, false)?;
+        while begun.elapsed().as_secs_f64() < WARM {
+            call(&mut bodies, false)?;
+        }
+        let (begun, mut calls) = (Instant::now(), 0);
+        while calls < A_TURN.0 || begun.elapsed().as_secs_f64() < A_TURN.1 {
+            call(&mut bodies, true)?;
+            calls += 1;
         }
     }
     Ok(samples)
@@ -520,12 +538,14 @@ fn open4bit(dir: &std::path::Path, dtype: Dtype, bits: Bits) -> Result<Value> {
     Ok(json!({"samples": [seconds], "bytes": bytes, "layers": layers}))
 }
 
-fn linear4bit(weight: Weight, tokens: i64, copies: usize) -> Result<Value> {
+fn linear4bit(weight: Weight, tokens: i64, copies: usize, beside: bool) -> Result<Value> {
     let mut layers = Vec::new();
     let mut dense: Vec<Box<dyn LinearOp>> = Vec::new();
     for _ in 0..copies {
         layers.push(weight.layer()?);
-        dense.push(Box::new(Dense::new(weight.dense(), None)));
+        if beside {
+            dense.push(Box::new(Dense::new(weight.dense(), None)));
+        }
     }
     let x = Tensor::randn([tokens, weight.columns], (Kind::Float, Device::Cpu))
         .to_kind(weight.dtype.kind());
@@ -766,8 +786,11 @@ fn floor() -> Value {
         }
         rates.insert(format!("gemm_{name}_flops"), json!(rate));
     }
-    let big = Tensor::ones([256 << 20], (Kind::Float, Device::Cpu)); // 1 GB
-    let read = best(5, || drop(big.sum(Kind::Float)));
-    rates.insert("read_bytes_per_s".into(), json!((1u64 << 30) as f64 / read));
+    // Of what no cache holds, and of a matrix that the last one does.
+    for (name, bytes, repeats) in [("read", 1i64 << 30, 5), ("cached", 32 << 20, 50)] {
+        let ones = Tensor::ones([bytes / 4], (Kind::Float, Device::Cpu));
+        let time = best(repeats, || drop(ones.sum(Kind::Float)));
+        rates.insert(format!("{name}_bytes_per_s"), json!(bytes as f64 / time));
+    }
     Value::Object(rates)
 }

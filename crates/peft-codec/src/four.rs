@@ -136,6 +136,7 @@ fn encode_blocks<T: Element>(
 }
 
 /// Quantises one block and gives its scale.
+#[inline]
 fn encode<T: Element>(
     level: Level,
     decision: &Decision,

@@ -137,11 +137,6 @@ pub fn quantise_blockwise(values: &[f32], map: &Map, block: usize, compat: Compa
             &other
         }
     };
-    let known = match map {
-        map if map == Map::signed() => Some(nearest::signed as fn(f32) -> u8),
-        map if map == Map::unsigned() => Some(nearest::unsigned as fn(f32) -> u8),
-        _ => None,
-    };
     let mut codes = vec![0; values.len()];
     let mut absmax = vec![0.0; values.len().div_ceil(block)];
     let blocks = values.par_chunks(block).zip(codes.par_chunks_mut(block));
@@ -150,13 +145,13 @@ pub fn quantise_blockwise(values: &[f32], map: &Map, block: usize, compat: Compa
         .for_each(|((values, codes), absmax)| {
             *absmax = values.iter().fold(0f32, |most, x| most.max(x.abs()));
             let scale = 1.0 / *absmax;
-            for (x, code) in values.iter().zip(codes) {
-                *code = match (compat, known) {
-                    (Compat::Cuda, Some(nearest)) => nearest(x * scale),
-                    (Compat::Cuda, None) => map.nearest(x * scale),
-                    (Compat::Cpu, _) if *absmax == 0.0 => 0,
-                    (Compat::Cpu, _) => Map::binned(bins, x * scale),
-                };
+            let scaled = values.iter().map(|x| x * scale).zip(codes);
+            match compat {
+                Compat::Cpu if *absmax == 0.0 => scaled.for_each(|(_, code)| *code = 0),
+                Compat::Cpu => scaled.for_each(|(v, code)| *code = Map::binned(bins, v)),
+                Compat::Cuda if map == Map::signed() => nearest::signed(scaled),
+                Compat::Cuda if map == Map::unsigned() => nearest::unsigned(scaled),
+                Compat::Cuda => scaled.for_each(|(v, code)| *code = map.nearest(v)),
             }
         });
     Quantised { codes, absmax }

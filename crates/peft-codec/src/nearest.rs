@@ -57,6 +57,7 @@ impl Nearest {
     }
 
     /// How many thresholds are below a magnitude, given as bits.
+    #[inline]
     fn rank(&self, bits: u32) -> u32 {
         let bits = bits.clamp(LEAST, 1f32.to_bits());
         let entry = self.entries[((bits - LEAST) >> self.rest) as usize];
@@ -65,19 +66,21 @@ impl Nearest {
 }
 
 /// As [`Map::nearest`] of the signed map.
-pub(crate) fn signed(v: f32) -> u8 {
-    let steps = SIGNED.rank(v.abs().to_bits());
-    let code = match v.is_sign_negative() {
-        true => 127 - steps.min(127),
-        false => 127 + steps,
-    };
-    if v.is_nan() { 0 } else { code as u8 }
+pub(crate) fn signed<'a>(all: impl Iterator<Item = (f32, &'a mut u8)>) {
+    let nearest = &*SIGNED;
+    for (v, code) in all {
+        let below = i32::from(v.is_sign_negative()); // no branch, as nobody can foresee a sign
+        let steps = (nearest.rank(v.abs().to_bits()) as i32).min(128 - below);
+        let number = i32::from(!v.is_nan());
+        *code = (number * (127 + (1 - 2 * below) * steps)) as u8;
+    }
 }
 
 /// As [`Map::nearest`] of the unsigned map.
-pub(crate) fn unsigned(v: f32) -> u8 {
+pub(crate) fn unsigned<'a>(all: impl Iterator<Item = (f32, &'a mut u8)>) {
+    let nearest = &*UNSIGNED;
     // What is no number, or negative, is zero.
-    UNSIGNED.rank(v.max(0.0).to_bits()) as u8
+    all.for_each(|(v, code)| *code = nearest.rank(v.max(0.0).to_bits()) as u8);
 }
 
 #[cfg(test)]
@@ -127,8 +130,11 @@ mod tests {
         let special = [f32::NAN, f32::INFINITY, 0.0, 1.5, f32::MIN_POSITIVE];
         let spread = (0..1u32 << 30).step_by(50_021).map(f32::from_bits);
         for v in special.into_iter().chain(spread).flat_map(|v| [v, -v]) {
-            assert_eq!(signed(v), Map::signed().nearest(v), "{v:e}");
-            assert_eq!(unsigned(v), Map::unsigned().nearest(v), "{v:e}");
+            let mut codes = [0; 2];
+            signed(std::iter::once((v, &mut codes[0])));
+            unsigned(std::iter::once((v, &mut codes[1])));
+            let wanted = [Map::signed(), Map::unsigned()].map(|map| map.nearest(v));
+            assert_eq!(codes, wanted, "{v:e}");
         }
     }
 }

@@ -65,6 +65,7 @@ impl Block {
     }
 
     /// How many numbers.
+    #[inline]
     pub fn size(self) -> usize {
         self.0
     }
