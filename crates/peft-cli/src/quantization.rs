@@ -278,8 +278,8 @@ pub(crate) fn say_what_is_left(run: &Path) -> Result<()> {
     if Run::is_run(run)
         && let Some(bits) = Quantization::of_run(&Run::open(run)?.info()?.more)?
     {
-        eprintln!(
-            "note: {} was trained over its base in {}; the new folder names the base alone, and opens over it as it is stored",
+        println!(
+            "{} was trained over its base in {}; the new folder names the base alone, and opens over it as it is stored",
             run.display(),
             bits.line()
         );

@@ -504,6 +504,11 @@ fn a_run_on_four_bits_remembers_its_base() {
     };
     assert_eq!(json("run/run.json")["quantization"]["type"], "nf4");
     good(dir, &["eval", "run", "--data", &world.data]);
+    // Another adapter made of it names the base alone, and that is said.
+    for (verb, how) in [("convert", "--rank=2"), ("combine", "--weights=0.5")] {
+        let said = good(dir, &[verb, "run", how, "--out", verb]);
+        assert!(said.contains("trained over its base in NF4"), "{said}");
+    }
     // Merged it is dense, and the base in few bits is nowhere in it.
     good(dir, &["merge", "run", "--out", "merged"]);
     assert!(
@@ -549,6 +554,11 @@ fn a_run_on_four_bits_remembers_its_base() {
         code == 2 && said.contains("nearest is `down_proj`"),
         "{said}"
     );
+    let (code, _) = bad(
+        dir,
+        &["quantize", model, "--out", "no", "--shard-size", "0"],
+    );
+    assert_eq!(code, 2);
     let skip = [
         "--set",
         "quantization={type: nf4, skip: [layers.7]}",
@@ -559,6 +569,17 @@ fn a_run_on_four_bits_remembers_its_base() {
     assert!(code == 2 && said.contains("`layers.7`"), "{said}");
     assert!(!dir.join("no").exists());
     assert!(!dir.join("no").exists());
+}
+
+/// The settings of bits that have no blocks are read again, too.
+#[test]
+fn a_run_on_eight_bits_goes_on() {
+    let world = World::new();
+    let int8 = ["--set", "quantization={type: int8}"];
+    let whole = [&STEPS[..], &int8, &["--out", "whole"]].concat();
+    good(world.dir.path(), &world.train(&whole));
+    killed_and_resumed(&world, "resumed", &int8);
+    assert!(world.bits("resumed") == world.bits("whole"));
 }
 
 /// Two rounds of LoftQ change the base, which the run then has in a folder of its own.
