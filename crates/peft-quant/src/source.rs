@@ -1,6 +1,7 @@
 //! A source of weights whose linear layers are kept in few bits.
 
 use peft_core::{Dense, Error, Linear, Result, Weights};
+use peft_torch::memory;
 use tch::{Kind, Tensor};
 
 use crate::{
@@ -80,7 +81,10 @@ impl<'a> Quantised<'a> {
         let code = match (kept, weight, &self.format.scheme) {
             (Some(code), ..) => code,
             (None, Some(weight), Some(scheme)) if !self.format.keeps_dense(at) => {
-                Code::encode(scheme, &weight)?
+                let code = Code::encode(scheme, &weight)?;
+                drop(weight);
+                memory::give_back_growth();
+                code
             }
             (None, Some(weight), _) => return Ok(Linear::new(Dense::new(weight, bias))),
             (None, None, _) => unreachable!("one of the two was read"),

@@ -12,7 +12,7 @@
 //! libtorch chooses kernels by which tensors want gradients, so both passes run f with a graph, on inputs that want what
 //! the given ones want, and that of the first is dropped as soon as y is there. Dropout draws the same numbers twice.
 
-use crate::{Function, apply, ffi, rng, vjp};
+use crate::{Function, apply, ffi, memory, rng, vjp};
 use tch::{Device, TchError, Tensor};
 
 /// `run(inputs)`, which the backward pass computes again: of all that is in it only `inputs` are kept.
@@ -62,6 +62,7 @@ pub fn checkpoint(
         run,
     };
     let y = (saved.run)(&saved.fresh())?.detach();
+    memory::give_back_growth();
     let all: Vec<&Tensor> = inputs.iter().copied().chain(named).collect();
     let [y] = apply(&all, || ([y], saved));
     Ok(y)
@@ -118,6 +119,8 @@ where
         for (place, _) in all.iter_mut().zip(needs).filter(|(_, need)| **need) {
             *place = found.next().flatten();
         }
+        drop((y, inputs));
+        memory::give_back_growth();
         Ok(all)
     }
 }

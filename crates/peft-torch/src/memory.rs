@@ -2,7 +2,10 @@
 
 use crate::ffi;
 use half::{bf16, f16};
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 use tch::{Device, Kind, TchError, Tensor};
 
 /// Bytes in use now and at most since the start (or [`reset_peak`]).
@@ -115,6 +118,26 @@ pub fn give_back() {
     // SAFETY: frees what nobody uses.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// Memory may grow by so many bytes before freed blocks are given back.
+const SLACK: u64 = 256 << 20;
+
+/// [`give_back`], if the process has grown by more than 256 MiB since the last time: to be called between the parts of what is done
+/// one part after the other so that it needs little memory.
+///
+/// What a part leaves behind comes to lie among the blocks that it freed, and the next part, whose blocks are as large, finds
+/// no room there; so freed blocks that are kept become more and more.
+pub fn give_back_growth() {
+    static BEFORE: AtomicU64 = AtomicU64::new(0);
+    let Some(usage) = resident() else {
+        return;
+    };
+    let least = BEFORE.fetch_min(usage.now, Relaxed).min(usage.now);
+    if usage.now > least + SLACK {
+        give_back();
+        BEFORE.store(resident().map_or(0, |it| it.now), Relaxed);
     }
 }
 

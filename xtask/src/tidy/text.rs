@@ -104,7 +104,7 @@ pub(super) fn unsafe_places(repo: &Repo) -> Vec<Finding> {
     findings
 }
 
-const UNSAFE_PLACES: &str = "`unsafe` belongs into peft-torch, peft-cuda, peft-dist, or a file named `ffi.rs`, `simd.rs` or `map.rs`";
+const UNSAFE_PLACES: &str = "`unsafe` belongs into peft-torch, peft-cuda, peft-dist, or a file named `ffi.rs`, `simd.rs`, `neon.rs` or `map.rs`";
 
 fn may_be_unsafe(path: &Path) -> bool {
     let places = [
@@ -114,7 +114,7 @@ fn may_be_unsafe(path: &Path) -> bool {
         "crates/peft-core/src/tensors.rs",
     ];
     // C interfaces, processor instructions, memory-mapped files.
-    let names = ["ffi.rs", "simd.rs", "map.rs"];
+    let names = ["ffi.rs", "simd.rs", "neon.rs", "map.rs"];
     places.iter().any(|place| path.starts_with(place))
         || names.iter().any(|name| path.ends_with(name))
 }
