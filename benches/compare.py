@@ -1,4 +1,4 @@
-"""Ours beside Python's: whole jobs in turn, one process each, with the floor of the same run.
+"""Ours beside Python's, one process each, with the floor of the same run: steps and kernels in turn, else whole jobs.
 
     target/python/bin/python benches/compare.py --jobs target/debug/jobs --out benches/results
 
@@ -228,12 +228,10 @@ class Bench:
         env = {"GLIBC_TUNABLES": KEEP} if tuned else {}
         return run([sys.executable, ROOT / "benches/python_job.py", *job, *extra], env)
 
-    def rounds(self, name, job, count, tuned=True, reset=None, beside=None):
-        """`beside` is another job of ours, in turn with the rest."""
+    def rounds(self, name, job, count, tuned=True, reset=None):
+        """Whole jobs, one after the other."""
         runs = {"ours": [], "python": [], "tuned": []}
         for _ in range(count):
-            if beside:
-                runs.setdefault("beside", []).append(self.ours(beside))
             for who in ["ours", "python", "tuned"] if tuned else ["ours", "python"]:
                 if reset:
                     reset()
@@ -242,7 +240,7 @@ class Bench:
         return runs
 
     def turns(self, name, job, count, beside=None):
-        """The same of jobs that take their samples in turn: a machine whose clock changes is as slow for all of them."""
+        """Jobs that take their samples in turn: a machine whose clock changes is as slow for all of them. `beside` is another of ours."""
         ours, python = [self.args.jobs, *job], [sys.executable, ROOT / "benches/python_job.py", *job]
         commands = {"ours": (ours, {}), "python": (python, {}), "tuned": ([*python, "--onednn"], {"GLIBC_TUNABLES": KEEP})}
         if beside:

@@ -199,6 +199,9 @@ fn encode_scalar<T: Element>(
     absmax
 }
 
+/// Vector forms leave scales below this, or not finite, to the scalar one: their reciprocals are no ordinary numbers.
+pub(crate) const LEAST: f32 = 1e-30;
+
 /// Below this the CPU path takes a scale for this.
 const SMALLEST: f32 = 1e-38;
 

@@ -9,12 +9,9 @@ use half::f16;
 
 use crate::{
     element::{Element, private::Format},
-    four::Level,
+    four::{LEAST, Level},
     table::Decision,
 };
-
-/// Scales below this, or not finite, are left to the scalar form: their reciprocals are no ordinary numbers.
-const LEAST: f32 = 1e-30;
 
 /// Encodes a whole block, unless it holds something unusual; gives its scale.
 pub(crate) fn encode<T: Element>(

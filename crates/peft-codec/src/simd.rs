@@ -10,12 +10,9 @@ use half::{bf16, f16};
 
 use crate::{
     element::{Element, private::Format},
-    four::Level,
+    four::{LEAST, Level},
     table::{Bins, Decision},
 };
-
-/// Scales below this, or not finite, are left to the scalar form: their reciprocals are no ordinary numbers.
-const LEAST: f32 = 1e-30;
 
 /// The slice as what it is by its format.
 fn same<T: Element, U: Element>(slice: &[T]) -> &[U] {

@@ -715,24 +715,27 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_is_written_can_be_read() {
+    /// What a plan says when it has been written and read.
+    fn written_and_read(plan: &Plan) -> Plan {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.yaml");
+        std::fs::write(&path, plan.to_yaml().unwrap()).unwrap();
+        Plan::read(&path).unwrap()
+    }
+
+    #[test]
+    fn what_is_written_can_be_read() {
         let mut plan = set("rank_pattern={q_proj: 4}").unwrap();
         plan.recipe.prompts = vec!["say: \"no\" # really".into(), "two\nlines".into()];
         plan.recipe.data = vec!["a b.jsonl".into()];
         let (key, value) = Plan::pair("lr_scheduler_kwargs={num_cycles: 0.4}").unwrap();
         plan.set(&key, value).unwrap();
-        std::fs::write(&path, plan.to_yaml().unwrap()).unwrap();
-        let again = Plan::read(&path).unwrap();
+        let again = written_and_read(&plan);
         assert_eq!((again.recipe, again.settings), (plan.recipe, plan.settings));
     }
 
     #[test]
     fn bits_of_a_run_are_read_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("config.yaml");
         for wish in [
             "int8",
             "none",
@@ -742,9 +745,7 @@ mod tests {
             "{type: fp4, block_size: 128, double_quant: false, skip: []}",
         ] {
             let plan = set(&format!("quantization={wish}")).unwrap();
-            std::fs::write(&path, plan.to_yaml().unwrap()).unwrap();
-            let again = Plan::read(&path).unwrap();
-            assert_eq!(again.recipe, plan.recipe, "{wish}");
+            assert_eq!(written_and_read(&plan).recipe, plan.recipe, "{wish}");
         }
     }
 
