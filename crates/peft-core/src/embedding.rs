@@ -24,6 +24,7 @@ pub trait EmbeddingAdapter: Params + fmt::Debug + Send {
 #[derive(Clone, Copy)]
 pub struct BeneathEmbedding<'a> {
     base: &'a Tensor,
+    padding_idx: Option<i64>,
     adapters: &'a [Attached<dyn EmbeddingAdapter>],
     ctx: Ctx<'a>,
     /// Of all adapters only those of this name are at work.
@@ -36,10 +37,20 @@ impl<'a> BeneathEmbedding<'a> {
         self.base
     }
 
+    /// Which row is never trained by being looked up.
+    pub fn padding_idx(self) -> Option<i64> {
+        self.padding_idx
+    }
+
+    /// Rows of a `table` `[vocab, width]` that stands beside or in place of the base's: ids `[..] -> [.., width]`.
+    pub fn look_up(self, table: &Tensor, ids: &Tensor) -> Tensor {
+        Tensor::embedding(table, ids, self.padding_idx.unwrap_or(-1), false, false)
+    }
+
     /// ids: `[..] -> [.., hidden]`
     pub fn forward(self, ids: &Tensor) -> Tensor {
         let Some((top, rest)) = self.adapters.split_last() else {
-            return Tensor::embedding(self.base, ids, -1, false, false);
+            return self.look_up(self.base, ids);
         };
         let beneath = BeneathEmbedding {
             adapters: rest,
@@ -65,6 +76,7 @@ impl<'a> BeneathEmbedding<'a> {
 #[derive(Debug)]
 pub struct Embedding {
     base: Tensor,
+    padding_idx: Option<i64>,
     original: Option<Tensor>,
     adapters: Stack<dyn EmbeddingAdapter>,
 }
@@ -74,8 +86,27 @@ impl Embedding {
     pub fn new(weight: Tensor) -> Embedding {
         Embedding {
             base: weight,
+            padding_idx: None,
             original: None,
             adapters: Stack::new(),
+        }
+    }
+
+    /// Looking this row up trains neither it nor what an adapter has for it, as `padding_idx` of `torch.nn.Embedding` has it.
+    ///
+    /// An output layer that shares the table trains it all the same.
+    ///
+    /// # Panics
+    /// If the table has no such row.
+    pub fn with_padding_idx(self, padding_idx: Option<i64>) -> Embedding {
+        let rows = self.base.size()[0];
+        assert!(
+            padding_idx.is_none_or(|it| (0..rows).contains(&it)),
+            "padding_idx {padding_idx:?} in a table of {rows} rows"
+        );
+        Embedding {
+            padding_idx,
+            ..self
         }
     }
 
@@ -87,6 +118,7 @@ impl Embedding {
         };
         let whole = BeneathEmbedding {
             base: &self.base,
+            padding_idx: self.padding_idx,
             adapters,
             ctx: Ctx { rows: None, ..ctx },
             only: None,
@@ -151,7 +183,8 @@ impl Embedding {
 
 place!(Embedding);
 
-/// A table of `tch`, frozen. Its padding index only kept a row from being trained, which no row is now.
+/// A table of `tch`, frozen. `tch` does not tell its padding index; give it again, if adapters are to leave it alone
+/// ([`Embedding::with_padding_idx`]).
 impl From<nn::Embedding> for Embedding {
     fn from(table: nn::Embedding) -> Embedding {
         Embedding::new(table.ws.detach())

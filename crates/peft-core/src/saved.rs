@@ -103,8 +103,8 @@ impl LinearAdapter for Saved {
 }
 
 impl EmbeddingAdapter for Saved {
-    fn forward(&self, ids: &Tensor, _: BeneathEmbedding<'_>, _: Ctx) -> Tensor {
-        Tensor::embedding(&self.weight, ids, -1, false, false)
+    fn forward(&self, ids: &Tensor, beneath: BeneathEmbedding<'_>, _: Ctx) -> Tensor {
+        beneath.look_up(&self.weight, ids)
     }
 
     fn merge(&self, _: Tensor, _: &Tensor) -> Option<Tensor> {

@@ -50,7 +50,7 @@ impl EmbeddingAdapter for EmbeddingLora {
     fn forward(&self, ids: &Tensor, beneath: BeneathEmbedding<'_>, _: Ctx) -> Tensor {
         let y = beneath.forward(ids);
         let (a, b) = self.factors.effective();
-        let h = Tensor::embedding(&a.tr(), ids, -1, false, false); // [.., r]
+        let h = beneath.look_up(&a.tr(), ids); // [.., r]
         let sum = y.to_kind(Kind::Float) + h.matmul(&b.tr()) * self.factors.scale;
         let sum = match self.stretch(beneath.base()) {
             Some(n) => sum * n,

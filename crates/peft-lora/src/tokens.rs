@@ -16,9 +16,10 @@ use crate::{factors::leaf, in_place::replace_columns};
 /// The on-disk name below the layer.
 const ROWS: &str = "token_adapter.trainable_tokens_delta";
 
-/// Rows `[n, hidden]` in place of those at `indices` `[n]`.
+/// Rows `[n, hidden]` in place of those of `tokens`, as a tensor `indices` `[n]`.
 #[derive(Debug)]
 pub(crate) struct Tokens {
+    tokens: Vec<i64>,
     indices: Tensor,
     rows: Tensor,
     /// For each token of the vocabulary its row, or −1; made for tables only.
@@ -33,6 +34,7 @@ impl Tokens {
         let on = Tensor::from_slice(indices).to_device(table.device());
         let rows = leaf(&tch::no_grad(|| table.detach().index_select(0, &on)));
         Tokens {
+            tokens: indices.to_vec(),
             indices: on,
             rows,
             place: None,
@@ -53,11 +55,18 @@ impl Tokens {
     /// Rows that belong to another place.
     pub(crate) fn borrowed(rows: &Tensor, indices: &[i64]) -> Tokens {
         Tokens {
+            tokens: indices.to_vec(),
             indices: Tensor::from_slice(indices).to_device(rows.device()),
             rows: rows.shallow_clone(),
             place: None,
             borrowed: true,
         }
+    }
+
+    /// Where a token's row is, if it is trained.
+    fn row_of(&self, id: i64) -> Option<i64> {
+        let at = self.tokens.iter().position(|&it| it == id)?;
+        Some(at as i64)
     }
 
     /// The trained rows.
@@ -74,14 +83,14 @@ impl EmbeddingAdapter for Tokens {
     fn forward(&self, ids: &Tensor, beneath: BeneathEmbedding<'_>, _: Ctx) -> Tensor {
         let y = beneath.forward(ids);
         let Some(place) = &self.place else {
-            return Tensor::embedding(&self.replaced(beneath.base()), ids, -1, false, false);
+            return beneath.look_up(&self.replaced(beneath.base()), ids);
         };
         let row = place.index_select(0, &ids.reshape([-1])); // [n]
         let chosen = row.ge(0).nonzero().view([-1]);
-        let rows = self
-            .rows
-            .to_kind(y.kind())
-            .index_select(0, &row.index_select(0, &chosen));
+        let row = row.index_select(0, &chosen);
+        let padding = beneath.padding_idx().and_then(|id| self.row_of(id));
+        let rows = self.rows.to_kind(y.kind());
+        let rows = Tensor::embedding(&rows, &row, padding.unwrap_or(-1), false, false);
         let flat = y.reshape([-1, y.size()[y.dim() - 1]]);
         flat.index_copy(0, &chosen, &rows).view_as(&y)
     }

@@ -62,7 +62,9 @@ impl Bert {
         let (c, root) = (&config, disk_root(weights));
         let at = |name: &str| format!("{root}embeddings.{name}");
         let tokens = table(weights, &at("word_embeddings"), c.vocab, c.hidden)?;
+        let tokens = tokens.with_padding_idx(c.padding_idx);
         let places = table(weights, &at("position_embeddings"), c.positions, c.hidden)?;
+        let places = places.with_padding_idx(c.padding);
         let types = table(
             weights,
             &at("token_type_embeddings"),

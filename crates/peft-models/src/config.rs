@@ -114,6 +114,23 @@ impl Keys {
             .transpose()
     }
 
+    /// `pad_token_id`, the row of the embedding that being looked up does not train: `default` where the key is missing, none where
+    /// it is null. Counts from the end if it is negative.
+    pub(crate) fn padding_idx(&self, vocab: i64, default: Option<i64>) -> Result<Option<i64>> {
+        const KEY: &str = "pad_token_id";
+        let Some(value) = self.json.get(KEY) else {
+            return Ok(default.filter(|it| *it < vocab));
+        };
+        if value.is_null() {
+            return Ok(None);
+        }
+        match value.as_i64() {
+            Some(id) if (0..vocab).contains(&id) => Ok(Some(id)),
+            Some(id) if (-vocab..0).contains(&id) => Ok(Some(vocab + id)),
+            _ => Err(self.fault(KEY, &format!("expected a token below {vocab}"))),
+        }
+    }
+
     pub(crate) fn need<T>(&self, key: &str, value: Option<T>) -> Result<T> {
         value.ok_or_else(|| self.fault(key, "which this model needs"))
     }
@@ -172,6 +189,8 @@ pub(crate) struct LlamaConfig {
     /// For each layer, how many positions it looks back, itself included; `None`: all.
     pub(crate) windows: Vec<Option<i64>>,
     pub(crate) attention_dropout: f64,
+    /// [`Keys::padding_idx`].
+    pub(crate) padding_idx: Option<i64>,
     pub(crate) json: Value,
 }
 
@@ -181,6 +200,7 @@ impl LlamaConfig {
             .need("model_type", keys.text("model_type")?)?
             .to_owned();
         let (qwen2, qwen3) = (model_type == "qwen2", model_type == "qwen3");
+        let vocab = keys.size_of("vocab_size")?;
         let hidden = keys.size_of("hidden_size")?;
         let heads = keys.size_of("num_attention_heads")?;
         let kv_heads = match keys.size("num_key_value_heads")? {
@@ -217,7 +237,7 @@ impl LlamaConfig {
         let attention_bias =
             !qwen2 && model_type != "mistral" && keys.flag("attention_bias", false)?;
         Ok(LlamaConfig {
-            vocab: keys.size_of("vocab_size")?,
+            vocab,
             hidden,
             intermediate: keys.size_of("intermediate_size")?,
             layers,
@@ -234,6 +254,7 @@ impl LlamaConfig {
             qk_norm: qwen3,
             windows: windows(keys, &model_type, layers)?,
             attention_dropout: keys.share("attention_dropout", 0.0)?,
+            padding_idx: keys.padding_idx(vocab, None)?,
             model_type,
             json: keys.json.clone(),
         })

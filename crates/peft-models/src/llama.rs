@@ -76,7 +76,7 @@ impl Llama {
         let norm = rms_norm(weights, &format!("{root}norm"), c.hidden, c.eps)?;
         Ok(Llama {
             prompt: PromptSlot::new(&embed),
-            embed: Embedding::new(embed),
+            embed: Embedding::new(embed).with_padding_idx(c.padding_idx),
             layers,
             norm,
             config: Arc::new(config),

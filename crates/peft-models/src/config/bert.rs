@@ -23,6 +23,8 @@ pub(crate) struct BertConfig {
     pub(crate) attention_dropout: f64,
     /// RoBERTa counts positions from behind this token's number, and only over tokens that are not it.
     pub(crate) padding: Option<i64>,
+    /// [`Keys::padding_idx`].
+    pub(crate) padding_idx: Option<i64>,
     pub(crate) json: Value,
 }
 
@@ -59,6 +61,7 @@ impl BertConfig {
             return Err(keys.fault("pad_token_id", "which leaves no positions behind it"));
         }
         Ok(BertConfig {
+            padding_idx: keys.padding_idx(vocab, Some(if roberta { 1 } else { 0 }))?,
             vocab,
             hidden,
             intermediate: size("intermediate_size", 3072)?,
