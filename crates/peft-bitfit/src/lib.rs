@@ -31,7 +31,8 @@
 //!
 //! [`load_from_python`] reads such a folder, ours or one that Python saved, back to a BitFit. What is lost on the way is
 //! nothing; what is added are two vectors of zeros for each layer that had no bias (or, where all had one, for one layer).
-//! Python cannot merge a bias into a layer that has none; merge here, and the model that is saved has it.
+//! Python cannot merge a bias into a layer that has none; merge here, and the model that is saved has it, if `transformers` has
+//! a key for it in `config.json` (Llama: `attention_bias`, `mlp_bias`). Where it has none (Mistral), the merge is refused.
 //!
 //! # Learning rate
 //!

@@ -183,6 +183,79 @@ fn a_merged_folder_computes_what_python_merged() {
     peft(["merge", "fixtures/lora/llama__r3", "--out", merged]).fails(1, &["not empty", merged]);
 }
 
+/// The logits that `peft forward` computes for the batch `right` of a fixture.
+fn logits(held: &Path, io: &State, which: &[&str]) -> Tensor {
+    let (to, from) = (held.join("in.safetensors"), held.join("out.safetensors"));
+    let mut batch = under(io, "right");
+    batch.retain(|key, _| ["input_ids", "attention_mask"].contains(&key.as_str()));
+    tensors::write(&to, &batch).unwrap();
+    let files = [
+        "--inputs",
+        to.to_str().unwrap(),
+        "--out",
+        from.to_str().unwrap(),
+    ];
+    peft([&["forward"], which, &files].concat()).ok();
+    read(&from)["logits"].copy()
+}
+
+#[test]
+fn a_bias_that_a_layer_had_not_is_in_the_merged_folder_or_refused() {
+    let held = tempfile::tempdir().unwrap();
+    let adapter = fixture("lora/llama__lora-bias");
+    let io = read(&adapter.join("io.safetensors"));
+    let merged = held.path().join("merged");
+    let (adapter, name) = (adapter.to_str().unwrap(), merged.to_str().unwrap());
+    peft(["merge", adapter, "--out", name]).ok();
+    // The configuration says so, and what has no bias of the adapter's has zeros: so `transformers` reads all of them.
+    let text = fs::read_to_string(merged.join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(config["attention_bias"], true);
+    assert_ne!(config["mlp_bias"], true);
+    let state = read(&merged.join("model.safetensors"));
+    let bias = |at: &str| {
+        state[&format!("model.layers.0.self_attn.{at}.bias")]
+            .abs()
+            .sum(tch::Kind::Float)
+    };
+    assert!(bias("q_proj").double_value(&[]) > 0.0);
+    assert_eq!(bias("o_proj").double_value(&[]), 0.0);
+    close(
+        "merged",
+        &logits(held.path(), &io, &["--model", name]),
+        &logits(held.path(), &io, &["--adapter", adapter]),
+        None,
+    );
+
+    // A Mistral has none, whatever its configuration says.
+    let other = held.path().join("mistral");
+    copy(&fixture("lora/mistral__r3"), &other);
+    with_config(&other, "lora_bias", true.into());
+    with_tensors(&other, |state| {
+        let b: Vec<String> = state
+            .keys()
+            .filter(|it| it.contains("lora_B"))
+            .cloned()
+            .collect();
+        for key in b {
+            let width = state[&key].size()[0];
+            state.insert(
+                key.replace("lora_B.weight", "lora_B.bias"),
+                Tensor::ones([width], (tch::Kind::Float, tch::Device::Cpu)),
+            );
+        }
+    });
+    let out = held.path().join("out");
+    peft([
+        "merge",
+        other.to_str().unwrap(),
+        "--out",
+        out.to_str().unwrap(),
+    ])
+    .fails(1, &["q_proj", "has no place in a mistral"]);
+    assert!(!out.exists());
+}
+
 #[test]
 fn a_merged_folder_can_be_of_another_dtype_and_keeps_ties() {
     let held = tempfile::tempdir().unwrap();

@@ -251,6 +251,7 @@ impl Adapter {
         left.retain(|(key, tensor)| {
             !copies_base(&*tuner, model, key, tensor)
                 && !copies_whole(&*tuner, model, &self.state, key, tensor)
+                && !copies_bias(&self.state, key, tensor)
         });
         if let Some((key, _)) = left.first() {
             return Err(Error::Unexpected {
@@ -304,10 +305,21 @@ fn copies_base(tuner: &dyn Tuner, model: &mut dyn Model, key: &str, tensor: &Ten
                 Slot::Linear(it) => it.base().weight(),
                 Slot::Conv(_) | Slot::Norm(_) | Slot::Prompt(_) => return,
             };
-            same = base.size() == tensor.size() && base.equal(&tensor.to_kind(base.kind()));
+            // A file that was cast has its copy in fewer bits than the base.
+            same = base.size() == tensor.size()
+                && (base.equal(&tensor.to_kind(base.kind()))
+                    || base.to_kind(tensor.kind()).equal(tensor));
         }
     });
     same
+}
+
+/// Whether a tensor of the file is the bias of a masked language model's last layer under its second name: it is one tensor,
+/// `cls.predictions.bias` and `cls.predictions.decoder.bias`, and `peft` writes both with `bias="all"`.
+fn copies_bias(state: &State, key: &str, tensor: &Tensor) -> bool {
+    let first = key.strip_suffix(".bias");
+    let first = first.and_then(|at| state.get(&format!("{at}.decoder.bias")));
+    first.is_some_and(|it| it.size() == tensor.size() && it.equal(tensor))
 }
 
 /// Whether a tensor of the file is one more copy of what a module has that is trained whole, as `peft` writes with

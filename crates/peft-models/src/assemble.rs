@@ -198,7 +198,10 @@ pub(crate) fn network(
         Task::SeqCls | Task::TokenCls => Some(classes(keys, options)?),
         _ => None,
     };
-    let padding = match options.pad_token_id {
+    // An encoder counts positions, or leaves a row of its table alone, by the token that it was made with.
+    let encoder = matches!(model_type, "bert" | "roberta");
+    let pad = options.pad_token_id.filter(|_| !encoder);
+    let padding = match pad {
         Some(id) => Some(id),
         None => keys.whole("pad_token_id")?,
     };
@@ -207,7 +210,7 @@ pub(crate) fn network(
     if let Some(classes) = &classes {
         describe(&mut config, classes);
     }
-    if let Some(id) = options.pad_token_id {
+    if let Some(id) = pad {
         config["pad_token_id"] = id.into();
     }
     let body = body(keys, weights)?;
@@ -220,7 +223,7 @@ pub(crate) fn network(
         padding,
     };
     let head = match model_type {
-        "bert" | "roberta" => bert_head(keys, &asked, like, &mut maker)?,
+        _ if encoder => bert_head(keys, &asked, like, &mut maker)?,
         _ => decoder_head(keys, &asked, like.size()[1], &mut maker)?,
     };
     let fresh = maker.fresh;

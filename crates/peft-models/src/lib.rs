@@ -22,6 +22,7 @@ mod activation;
 mod assemble;
 mod attention;
 mod bert;
+mod biases;
 mod block;
 mod body;
 mod cache;

@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use tch::{Kind, Tensor};
 
 use crate::{
-    Network,
+    Network, biases,
     checkpoint::{INDEX, SINGLE},
     head::bias_key,
 };
@@ -73,7 +73,8 @@ pub(crate) fn whole<T>(dir: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Res
 
 fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) -> Result<()> {
     let State {
-        tensors,
+        mut tensors,
+        linear,
         tied,
         quantised,
         dense,
@@ -90,6 +91,7 @@ fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) ->
         map.remove("torch_dtype");
         map.insert("dtype".into(), json!(kind));
         describe(map, quantised, &dense, &spec);
+        biases::settle(map, &mut tensors, &linear)?;
     }
     files::write_json(&dir.join("config.json"), &config)?;
     write_shards(&tensors, dir, limit)
@@ -149,11 +151,13 @@ struct State {
     quantised: Option<Value>,
     /// The linear layers that are.
     dense: Vec<String>,
+    /// All linear layers, and how many numbers they give.
+    linear: Vec<(String, i64)>,
 }
 
 fn state(model: &mut dyn Network) -> State {
     let spec = model.spec();
-    let (mut all, mut dense) = (Vec::new(), Vec::new());
+    let (mut all, mut dense, mut linear) = (Vec::new(), Vec::new(), Vec::new());
     let (mut table, mut tied, mut quantised) = (None, false, None);
     model.slots(&mut |at, slot| match slot {
         Slot::Embedding(it) => {
@@ -163,6 +167,7 @@ fn state(model: &mut dyn Network) -> State {
             all.push((format!("{at}.weight"), it.weight().shallow_clone()));
         }
         Slot::Linear(it) => {
+            linear.push((at.to_owned(), it.base().shape().0));
             if let Some(stored) = it.base().stored() {
                 all.extend(stored.named(at, it.base().bias()));
                 quantised = Some(stored.config);
@@ -219,6 +224,7 @@ fn state(model: &mut dyn Network) -> State {
         tied,
         quantised,
         dense,
+        linear,
     }
 }
 
