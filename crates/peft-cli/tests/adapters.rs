@@ -119,6 +119,27 @@ fn damage_is_found_and_named() {
 }
 
 #[test]
+fn a_file_may_have_patterns_that_match_nothing() {
+    let held = tempfile::tempdir().unwrap();
+    let dir = held.path().join("adapter");
+    copy(&fixture("lora/llama__r3"), &dir);
+    let nothing = serde_json::json!({"k_porj": 5});
+    with_config(&dir, "rank_pattern", nothing.clone());
+    with_config(&dir, "alpha_pattern", nothing);
+    peft(["check", dir.to_str().unwrap()]).ok();
+    // Who types them hears of it.
+    let typed = [
+        "info",
+        "fixtures/models/llama",
+        "--method",
+        "lora",
+        "--set",
+        r#"rank_pattern={"k_porj": 5}"#,
+    ];
+    peft(typed).fails(2, &["k_porj", "matches none"]);
+}
+
+#[test]
 fn another_base_does_not_fit() {
     let said = peft([
         "check",

@@ -136,15 +136,30 @@ impl State {
 
 /// The shortest digits that give the number back, laid out as Python's `repr` does: an exponent below 10⁻⁴ and from 10¹⁶ on,
 /// of at least two digits, with its sign.
+///
+/// Where two numbers of as few digits are equally near, Python takes that with the even last digit, as rounding to so many
+/// digits does, and Rust's shortest digits may be the other.
 fn python_float(value: f64) -> String {
-    let scientific = format!("{value:e}"); // digits, `e`, exponent
+    let shortest = format!("{value:e}");
+    let rounded = format!("{value:.*e}", decimals(&shortest));
+    let scientific = match rounded.parse() == Ok(value) {
+        true => rounded,
+        false => shortest,
+    };
     let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
     if value == 0.0 || (-4..16).contains(&exponent) {
-        return format!("{value:?}").replace("e0", "");
+        let decimals = decimals(&scientific) as i32 - exponent;
+        return format!("{value:.*}", decimals.max(1) as usize);
     }
     let sign = if exponent < 0 { '-' } else { '+' };
     format!("{digits}e{sign}{:02}", exponent.abs())
+}
+
+/// How many digits there are behind the point.
+fn decimals(scientific: &str) -> usize {
+    let digits = scientific.split('e').next().unwrap_or_default();
+    digits.split_once('.').map_or(0, |(_, behind)| behind.len())
 }
 
 #[cfg(test)]
@@ -182,6 +197,11 @@ mod tests {
             (1.5e22, "1.5e+22"),
             (1e-100, "1e-100"),
             (0.05237411, "0.05237411"),
+            (0.51816558837890625, "0.5181655883789062"),
+            (0.52155303955078125, "0.5215530395507812"),
+            (-1234567.890625, "-1234567.890625"),
+            (2f64.powi(-24), "5.960464477539063e-08"),
+            (0.1 + 0.2, "0.30000000000000004"),
         ] {
             assert_eq!(python_float(value), text);
         }

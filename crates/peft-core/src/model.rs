@@ -185,7 +185,9 @@ pub trait ModelExt: Model {
     /// The places that a method would act on. An error where it would act on none.
     fn plan(&mut self, tuner: &dyn Tuner) -> Result<Vec<Site>> {
         let outline = self.outline();
-        plan(&outline, &*tuner.resolve(&outline)?)
+        let tuner = tuner.resolve(&outline)?;
+        tuner.check_settings(&outline)?;
+        plan(&outline, &*tuner)
     }
 
     /// Dresses the model with a configured method under a name. An error leaves the model as it was.
@@ -210,6 +212,9 @@ pub trait ModelExt: Model {
         }
         let outline = self.outline();
         let tuner = tuner.resolve(&outline)?;
+        if start == Start::Fresh {
+            tuner.check_settings(&outline)?;
+        }
         let chosen: BTreeSet<String> = plan(&outline, &*tuner)?
             .into_iter()
             .map(|site| site.at)

@@ -251,7 +251,7 @@ impl Adapter {
         left.retain(|(key, tensor)| {
             !copies_base(&*tuner, model, key, tensor)
                 && !copies_whole(&*tuner, model, &self.state, key, tensor)
-                && !copies_bias(&self.state, key, tensor)
+                && !second_bias(&self.state, model.spec().tied, key, tensor)
         });
         if let Some((key, _)) = left.first() {
             return Err(Error::Unexpected {
@@ -305,21 +305,28 @@ fn copies_base(tuner: &dyn Tuner, model: &mut dyn Model, key: &str, tensor: &Ten
                 Slot::Linear(it) => it.base().weight(),
                 Slot::Conv(_) | Slot::Norm(_) | Slot::Prompt(_) => return,
             };
-            // A file that was cast has its copy in fewer bits than the base.
-            same = base.size() == tensor.size()
-                && (base.equal(&tensor.to_kind(base.kind()))
-                    || base.to_kind(tensor.kind()).equal(tensor));
+            same = is_copy(tensor, &base);
         }
     });
     same
 }
 
-/// Whether a tensor of the file is the bias of a masked language model's last layer under its second name: it is one tensor,
-/// `cls.predictions.bias` and `cls.predictions.decoder.bias`, and `peft` writes both with `bias="all"`.
-fn copies_bias(state: &State, key: &str, tensor: &Tensor) -> bool {
+/// Whether a tensor of the file is the bias of a masked language model's last layer under its second name, which `peft` writes
+/// with `bias="all"`: `cls.predictions.bias` beside `cls.predictions.decoder.bias`. Where that layer is the input embedding they
+/// are one tensor, else nothing is computed with this one.
+fn second_bias(state: &State, tied: bool, key: &str, tensor: &Tensor) -> bool {
     let first = key.strip_suffix(".bias");
     let first = first.and_then(|at| state.get(&format!("{at}.decoder.bias")));
-    first.is_some_and(|it| it.size() == tensor.size() && it.equal(tensor))
+    first.is_some_and(|it| match tied {
+        true => is_copy(tensor, it),
+        false => tensor.size() == it.size(),
+    })
+}
+
+/// Whether a tensor is another, perhaps in other bits: a file that was cast has its copies in fewer than the base.
+fn is_copy(tensor: &Tensor, of: &Tensor) -> bool {
+    tensor.size() == of.size()
+        && (of.equal(&tensor.to_kind(of.kind())) || of.to_kind(tensor.kind()).equal(tensor))
 }
 
 /// Whether a tensor of the file is one more copy of what a module has that is trained whole, as `peft` writes with
@@ -331,29 +338,33 @@ fn copies_whole(
     key: &str,
     tensor: &Tensor,
 ) -> bool {
-    let same = |other: &Tensor| {
-        other.size() == tensor.size() && other.equal(&tensor.to_kind(other.kind()))
-    };
-    if let Some((at, param)) = key.split_once(".modules_to_save.") {
-        return state.get(&format!("{at}.{param}")).is_some_and(same);
+    if let Some((at, rest)) = key.split_once(".modules_to_save.") {
+        // Within a module of several layers the adapter's name stays.
+        let within = rest.split_once('.').map(|(_, it)| it);
+        let mut trained = [Some(rest), within].into_iter().flatten();
+        return trained.any(|it| {
+            let whole = state.get(&format!("{at}.{it}"));
+            whole.is_some_and(|it| is_copy(tensor, it))
+        });
     }
-    let Some((module, param)) = key.split_once(".original_module.") else {
+    let Some((module, rest)) = key.split_once(".original_module.") else {
         return false;
     };
-    let mut copied = false;
+    let (place, mut copied) = (format!("{module}.{rest}"), false);
     model.slots(&mut |at, slot| {
-        if tuner.key(at, param) == format!("{module}.{param}") {
-            let base = match (slot, param) {
+        let params = ["weight", "bias"].into_iter();
+        for param in params.filter(|it| tuner.key(at, it) == place) {
+            let base = match (&slot, param) {
                 (Slot::Conv(it), "weight") => Some(it.base().weight().shallow_clone()),
-                (Slot::Conv(it), "bias") => it.base().bias().map(Tensor::shallow_clone),
+                (Slot::Conv(it), _) => it.base().bias().map(Tensor::shallow_clone),
                 (Slot::Linear(it), "weight") => Some(it.base().weight()),
-                (Slot::Linear(it), "bias") => it.base().bias().map(Tensor::shallow_clone),
+                (Slot::Linear(it), _) => it.base().bias().map(Tensor::shallow_clone),
                 (Slot::Embedding(it), "weight") => Some(it.weight().shallow_clone()),
                 (Slot::Norm(it), "weight") => Some(it.base().weight.shallow_clone()),
-                (Slot::Norm(it), "bias") => it.base().bias.as_ref().map(Tensor::shallow_clone),
-                _ => None,
+                (Slot::Norm(it), _) => it.base().bias.as_ref().map(Tensor::shallow_clone),
+                (Slot::Embedding(_) | Slot::Prompt(_), _) => None,
             };
-            copied = base.as_ref().is_some_and(same);
+            copied = base.is_some_and(|it| is_copy(tensor, &it));
         }
     });
     copied

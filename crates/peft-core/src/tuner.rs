@@ -106,6 +106,12 @@ pub trait Tuner: fmt::Debug + Send {
     /// `all-linear`): what `adapter_config.json` then says. Checks what can be checked.
     fn resolve(&self, outline: &Outline) -> Result<Box<dyn Tuner>>;
 
+    /// What whoever sets the method up should hear of, though it changes no number: a pattern that matches nothing is a typing
+    /// error. Not asked of a file, which works as it is. The configuration is a resolved one.
+    fn check_settings(&self, _outline: &Outline) -> Result<()> {
+        Ok(())
+    }
+
     /// Whether this method acts on `site`. Asked everywhere before anything is attached.
     fn wants(&self, site: &Site, outline: &Outline) -> Result<bool>;
 

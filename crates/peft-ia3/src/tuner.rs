@@ -28,6 +28,13 @@ impl Tuner for Ia3Config {
         Ok(Box::new(config))
     }
 
+    fn check_settings(&self, outline: &Outline) -> Result<()> {
+        let targets = self
+            .selection()
+            .linear_targets(Ia3Config::PEFT_TYPE, outline)?;
+        self.check_feedforward(&targets, outline)
+    }
+
     fn wants(&self, site: &Site, _: &Outline) -> Result<bool> {
         let target = site.kind == SiteKind::Linear && self.selection().targets(&site.at)?;
         Ok(target || self.selection().saves(&site.at))
@@ -72,7 +79,7 @@ impl Ia3Config {
     /// Default feed-forward layers.
     fn fill_feedforward(&mut self, targets: &[&Site], outline: &Outline) -> Result<()> {
         if self.feedforward_modules.is_some() {
-            return self.check_feedforward(targets, outline);
+            return Ok(());
         }
         let model_type = &outline.spec.model_type;
         let Some(Names::List(names)) = default_targets(tables::FEEDFORWARD, model_type) else {

@@ -196,7 +196,6 @@ impl LoraConfig {
         self.check_targets(outline)?;
         self.selection().check_saved(outline)?;
         self.check_tokens(outline)?;
-        self.check_patterns(outline)?;
         for site in &outline.sites {
             let share = self.share(site, outline)?;
             if share.lora.is_some() {
@@ -347,7 +346,8 @@ impl LoraConfig {
         Ok(())
     }
 
-    fn check_patterns(&self, outline: &Outline) -> Result<()> {
+    /// That each pattern gives a target its rank or its alpha. Python takes one that does not for nothing.
+    pub(crate) fn check_patterns(&self, outline: &Outline) -> Result<()> {
         let mut targets = Vec::new();
         for site in &outline.sites {
             if self.share(site, outline)?.lora.is_some() {

@@ -39,6 +39,10 @@ impl Tuner for LoraConfig {
         Ok(share != Share::default())
     }
 
+    fn check_settings(&self, outline: &Outline) -> Result<()> {
+        self.check_patterns(outline)
+    }
+
     fn attach(&self, at: &str, slot: Slot<'_>, injection: &mut Injection<'_>) -> Result<()> {
         let outline = injection.outline;
         let Some(site) = outline.site(at) else {

@@ -10,7 +10,8 @@ use peft::{
 };
 
 use super::train::{
-    cache_dir, describe, describe_task, format, load, positions, screen::paint, show_row, task_for,
+    USUAL_LENGTH, cache_dir, describe, describe_task, format, load, row_length, screen::paint,
+    show_row, task_for,
 };
 use crate::{
     error::usage,
@@ -58,8 +59,6 @@ Examples:
 pub(crate) fn run(args: Args) -> Result<()> {
     let sources = args.source.find()?;
     let tokenizer = sources.tokenizer()?;
-    let usual =
-        || Ok::<_, anyhow::Error>(positions(&sources.base)?.map_or(1024, |most| most.min(1024)));
     let task = match (&args.task, sources.task, &args.format) {
         (None, Some(task), _) => task,
         (None, None, Some(_)) => Task::CausalLm, // the formats that can be named are those of texts to go on with
@@ -70,7 +69,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let options = Options {
         format: format(args.format.as_deref())?,
-        max_length: args.max_length.map_or_else(usual, Ok)?,
+        max_length: row_length(&sources.base, args.max_length, USUAL_LENGTH)?,
         train_on_prompt: args.train_on_prompt,
         cache_dir: cache_dir(),
         ..Options::default()
@@ -126,12 +125,9 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
         )));
     }
     let tokenizer = sources.tokenizer()?;
-    let mut options = TaskOptions::of(task.name().parse()?);
-    let usual = || -> Result<usize> {
-        let most = positions(&sources.base)?;
-        Ok(most.map_or(options.max_length, |it| it.min(options.max_length)))
-    };
-    options.max_length = args.max_length.map_or_else(usual, Ok)?;
+    let options = TaskOptions::of(task.name().parse()?);
+    let length = row_length(&sources.base, args.max_length, options.max_length)?;
+    let options = options.with_max_length(length);
     let data = prepare_task(&args.data, &tokenizer, &options, &|_| {})?;
     println!("  {} {task}", style(format!("{:<10}", "task")).bold());
     describe_task("data", &data, options.max_length);

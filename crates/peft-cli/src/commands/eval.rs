@@ -16,7 +16,7 @@ use peft::{
 
 use serde_json::{Map, Value};
 
-use super::train::{cache_dir, format, load, positions};
+use super::train::{USUAL_LENGTH, cache_dir, format, load, row_length};
 use crate::{
     answer::{Writer, answers as answer_all},
     args::{Compute, kind_name},
@@ -68,11 +68,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if task != Task::CausalLm {
         return of_task(&args, &sources, task);
     }
-    let usual =
-        || Ok::<_, anyhow::Error>(positions(&sources.base)?.map_or(1024, |most| most.min(1024)));
     let options = Options {
         format: format(args.format.as_deref())?,
-        max_length: args.max_length.map_or_else(usual, Ok)?,
+        max_length: row_length(&sources.base, args.max_length, USUAL_LENGTH)?,
         train_on_prompt: args.train_on_prompt,
         cache_dir: cache_dir(),
         ..Options::default()
@@ -152,12 +150,9 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
         )));
     }
     let model = sources.load_task(task, args.compute.place()?)?;
-    let mut options = TaskOptions::of(task.name().parse()?);
-    if let Some(length) = args.max_length {
-        options.max_length = length;
-    } else if let Some(most) = positions(&sources.base)? {
-        options.max_length = options.max_length.min(most);
-    }
+    let options = TaskOptions::of(task.name().parse()?);
+    let length = row_length(&sources.base, args.max_length, options.max_length)?;
+    let mut options = options.with_max_length(length);
     options.mask_seed = Settings::default().seed; // hidden are the words that a run hides which says no other
     // A head for numbers has names for its outputs, too, but they are no classes.
     let classes = model.classes();

@@ -17,7 +17,7 @@ use self::budget::{Budget, Step};
 use crate::{
     args::{DtypeChoice, kind_name},
     commands::{check::plain_table, train::recipe::Plan},
-    error::usage,
+    error::{of_settings, usage},
     methods::{METHODS, Method, QLORA},
     quantization::{Quantization, in_bits},
     sources::{FULL, base_of, task_of},
@@ -311,7 +311,7 @@ struct Count {
 
 fn counted(model: &mut dyn Network, tuner: &dyn Tuner) -> Result<Count> {
     let base = parameters(model);
-    model.inject("default", tuner)?;
+    model.inject("default", tuner).map_err(of_settings)?;
     let trainable = model
         .trainable("default")
         .iter()

@@ -220,7 +220,7 @@ pub(crate) const TRAINABLE: &str = "trainable_parameters";
 pub(crate) const BASE: &str = "base";
 
 /// Tokens after which a row is cut where nothing is said.
-const USUAL_LENGTH: usize = 1024;
+pub(crate) const USUAL_LENGTH: usize = 1024;
 
 /// Trains.
 pub(crate) fn run(args: Args) -> Result<()> {
@@ -815,15 +815,13 @@ impl Loaded {
         classes: Option<Vec<String>>,
     ) -> Result<Loaded> {
         let recipe = &plan.recipe;
-        let usual = |most: usize| {
-            Ok::<_, anyhow::Error>(positions(&sources.base)?.map_or(most, |it| it.min(most)))
-        };
+        let length = |usual: usize| row_length(&sources.base, recipe.max_length, usual);
         let own_files = match &recipe.validation {
             Validation::Files(files) => Some(files),
             _ => None,
         };
         if task == Task::CausalLm {
-            let max_length = recipe.max_length.map_or_else(|| usual(USUAL_LENGTH), Ok)?;
+            let max_length = length(USUAL_LENGTH)?;
             let options = Options {
                 format: format(recipe.format.as_deref())?,
                 max_length,
@@ -841,10 +839,9 @@ impl Loaded {
             });
         }
         let wanted: peft::data::Task = task.name().parse()?;
-        let mut options = TaskOptions::of(wanted);
-        options.max_length = recipe
-            .max_length
-            .map_or_else(|| usual(options.max_length), Ok)?;
+        let options = TaskOptions::of(wanted);
+        let length = length(options.max_length)?;
+        let mut options = options.with_max_length(length);
         options.mask_seed = plan.settings.seed;
         options.classes = classes;
         let data = prepare_task(&recipe.data, tokenizer, &options, &|_| {})?;
@@ -1057,12 +1054,22 @@ pub(crate) fn describe_task(name: &str, data: &TaskDataset, max_length: usize) {
     report.warnings().iter().for_each(|text| warn(text));
 }
 
-/// The most positions that a model was made for.
-pub(crate) fn positions(base: &Source) -> Result<Option<usize>> {
+/// Tokens of a row at most: as many as are asked for, else the usual, of which a model may have been made for less.
+pub(crate) fn row_length(base: &Source, asked: Option<usize>, usual: usize) -> Result<usize> {
+    if let Some(asked) = asked {
+        return Ok(asked);
+    }
     let config = base.config()?;
+    let whole = |key: &str| config.get(key)?.as_u64().map(|it| it as usize);
     let keys = ["max_position_embeddings", "n_positions"];
-    let most = keys.iter().find_map(|key| config.get(key)?.as_u64());
-    Ok(most.and_then(|most| usize::try_from(most).ok()))
+    let most = keys.into_iter().find_map(whole).unwrap_or(usize::MAX);
+    // RoBERTa counts from behind its padding token.
+    let roberta = config.get("model_type").is_some_and(|it| it == "roberta");
+    let before = match roberta {
+        true => whole("pad_token_id").unwrap_or(1).saturating_add(1),
+        false => 0,
+    };
+    Ok(usual.min(most.saturating_sub(before)))
 }
 
 /// A format by its name; an unknown one names the nearest.

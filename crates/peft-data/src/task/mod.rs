@@ -216,4 +216,13 @@ impl TaskOptions {
             mask_seed: 0,
         }
     }
+
+    /// With rows of another length: windows have a third in common at most, as 128 of 384 tokens are.
+    pub fn with_max_length(self, max_length: usize) -> Self {
+        Self {
+            max_length,
+            doc_stride: self.doc_stride.min(max_length / 3),
+            ..self
+        }
+    }
 }
