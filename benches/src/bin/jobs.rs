@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Result, bail};
+use benches::ffi::{Line, fill_past_caches};
 use clap::{Parser, Subcommand, ValueEnum};
 use peft::open_in;
 use peft::quant::{Block, Compat, Format, Four, QuantisedLinear, Scheme, Type};
@@ -12,7 +13,7 @@ use peft_core::{
 use peft_models::{
     Cache, Decoder, IGNORE, Input, MadeUp, OpenOptions, Task, build, causal_loss, save,
 };
-use peft_torch::{AdamW, Moments, drop_grad, linear, memory};
+use peft_torch::{AdamW, Moments, drop_grad, for_each_chunk, linear, memory};
 use peft_train::{Optim, Optimizer, Settings};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -787,10 +788,23 @@ fn floor() -> Value {
         rates.insert(format!("gemm_{name}_flops"), json!(rate));
     }
     // Of what no cache holds, and of a matrix that the last one does.
-    for (name, bytes, repeats) in [("read", 1i64 << 30, 5), ("cached", 32 << 20, 50)] {
+    for (name, bytes, repeats) in [("", 1i64 << 30, 5), ("cached_", 32 << 20, 50)] {
         let ones = Tensor::ones([bytes / 4], (Kind::Float, Device::Cpu));
         let time = best(repeats, || drop(ones.sum(Kind::Float)));
-        rates.insert(format!("{name}_bytes_per_s"), json!(bytes as f64 / time));
+        rates.insert(
+            format!("{name}read_bytes_per_s"),
+            json!(bytes as f64 / time),
+        );
+        // The same written: into the caches or past them, whichever is sooner.
+        let mut lines = vec![Line([1.0; 4]); bytes as usize / 16];
+        let mut fill = |how: fn(&mut [Line], Line)| {
+            best(repeats, || {
+                for_each_chunk(&mut lines, 1 << 12, |_, part| how(part, Line([2.0; 4])));
+            })
+        };
+        let time = fill(<[Line]>::fill).min(fill(fill_past_caches));
+        let name = format!("{name}written_bytes_per_s");
+        rates.insert(name, json!(bytes as f64 / time));
     }
     Value::Object(rates)
 }

@@ -27,7 +27,7 @@
 //! - The base is never changed, so unmerging gives back its very bits; Python divides by l + 1e-8.
 //! - On targets given as a list, `feedforward_modules` that is left out is filled in as an expression where the default names are
 //!   no entries of that list: Python writes a list there which it then refuses to read.
-//! - A setting that matches nothing is an error.
+//! - A setting that matches nothing is an error; `feedforward_modules` only where they are typed, not in a file.
 
 mod combine;
 mod config;

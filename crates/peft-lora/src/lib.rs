@@ -34,14 +34,18 @@
 //!   the file is always plain LoRA of twice the rank (what Python calls
 //!   `path_initial_model_for_weight_conversion`).
 //! - A trained bias switches off with its adapter, too.
-//! - `lora_bias` merges into a layer without a bias by giving it one.
+//! - `lora_bias` merges into a layer without a bias by giving it one, if `config.json` of the model's type can say so.
 //! - `ensure_weight_tying` on a model without a shared table, or without an embedding among the targets,
 //!   does nothing, as in Python.
 //! - An adapter over an embedding or head is saved without the copy of the base's own weight that Python adds
-//!   (`base_layer.weight`); Python loads it so, and we load files with the copy.
+//!   (`base_layer.weight`); Python loads it so, and we load files with the copy. Over a head begun by PiSSA or OLoRA the copy is
+//!   of what those left of the base, and the file is refused.
+//! - A GPT-2 with the head in `modules_to_save` under `ensure_weight_tying`: Python's file says in its tensors alone that the head
+//!   was trained, and is refused.
 //! - A of a dilated convolution is dilated as its base is; Python's is not, and fails or disagrees with its own merged
 //!   weight. DoRA on a convolution with groups is refused: the norm that Python takes there is of no weight.
-//! - A setting that matches nothing, a token that does not exist, a pattern without a layer: errors, not warnings.
+//! - A setting that matches nothing, a token that does not exist: errors, not warnings. A pattern for ranks or alphas that no
+//!   target has is one where it is typed, and ignored in a file that is read, which works in Python.
 //!
 //! # Your own network
 //!
