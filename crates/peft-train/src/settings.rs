@@ -9,10 +9,12 @@
 //! A misspelt key would silently train something else; it is an error that
 //! names the nearest one.
 
+use peft_codec::STATE_BLOCK;
 use peft_core::Ctx;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::eight_bits::SMALLEST;
 use crate::error::{Error, Result};
 use crate::schedule::{Schedule, ScheduleType};
 
@@ -101,6 +103,14 @@ impl Optim {
     /// Whether moments are in 8 bits.
     pub fn in_8_bits(self) -> bool {
         matches!(self, Optim::Adamw8bit | Optim::PagedAdamw8bit)
+    }
+
+    /// Bytes of both moments of a tensor of so many numbers, each of `size` bytes.
+    pub fn moments(self, numbers: usize, size: usize) -> usize {
+        match self.in_8_bits() && numbers >= SMALLEST {
+            true => 2 * (numbers + 4 * numbers.div_ceil(STATE_BLOCK)),
+            false => 2 * numbers * size,
+        }
     }
 
     /// Whether moments stay in main memory.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use peft::{
     core::{Adapter, ModelExt, Tuner, files},
     models::{HeadOptions, MODEL_TYPES, Network, OpenOptions, Source, Task, parameters, tasks},
-    train::Run,
+    train::{Optim, Run},
 };
 use serde_json::{Value, json};
 use tch::Kind;
@@ -75,17 +75,18 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let source = Source::find(&args.what)?;
     // A mistake in what was typed is said before anything is loaded.
+    let (optim, of_method) = optim(&args)?;
     let tuner = args
         .method
         .as_ref()
-        .map(|name| configured(name, &args.set))
+        .map(|name| configured(name, &of_method))
         .transpose()?;
     let config = source.config()?;
     let kind = config.get("model_type").and_then(Value::as_str);
     let offered = tasks(kind.unwrap_or_default()).first().copied();
     let task = task_of(&config).or(offered).unwrap_or(Task::CausalLm);
     if let (Some(batch), Some(seq)) = (args.batch, args.seq) {
-        return step(&args, &source, task, tuner.flatten(), (batch, seq));
+        return step(&args, &source, task, tuner.flatten(), (batch, seq, optim));
     }
     let mut model = peft::open_task(
         &source,
@@ -108,7 +109,7 @@ fn step(
     source: &Source,
     task: Task,
     tuner: Option<Box<dyn Tuner>>,
-    (batch, seq): (u64, u64),
+    (batch, seq, optim): (u64, u64, Optim),
 ) -> Result<()> {
     let (Some(name), Some(tuner)) = (&args.method, tuner) else {
         return Err(usage(
@@ -130,6 +131,7 @@ fn step(
         rest,
         quantization,
         checkpoint: method.checkpoints(),
+        optim,
     };
     let held = tempfile::tempdir().context("a temporary folder")?;
     let config = match source {
@@ -248,6 +250,26 @@ fn usual(model: &mut dyn Network) -> Result<()> {
     Ok(())
 }
 
+/// Who keeps the moments of a step, and the other settings.
+fn optim(args: &Args) -> Result<(Optim, Vec<String>)> {
+    let (optim, others): (Vec<_>, Vec<_>) = args
+        .set
+        .iter()
+        .cloned()
+        .partition(|it| it.starts_with("optim="));
+    let Some(set) = optim.last() else {
+        return Ok((Optim::default(), others));
+    };
+    if args.batch.is_none() || args.seq.is_none() {
+        return Err(usage(format!(
+            "`--set {set}`: moments are counted for a step; give `--batch` and `--seq`"
+        )));
+    }
+    let name = Value::from(set.trim_start_matches("optim="));
+    let optim = serde_json::from_value(name).map_err(|e| usage(format!("`--set {set}`: {e}")))?;
+    Ok((optim, others))
+}
+
 /// A method by name, with settings; `None`: full fine-tuning.
 fn configured(method: &str, sets: &[String]) -> Result<Option<Box<dyn Tuner>>> {
     let method = Method::named(method)?;
@@ -268,7 +290,7 @@ fn configured(method: &str, sets: &[String]) -> Result<Option<Box<dyn Tuner>>> {
         let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
         if Plan::is_shared(key) {
             return Err(usage(format!(
-                "`--set {set}`: `{key}` is no setting of the method; what is counted here does not depend on it, but for `optim`, whose moments are counted in fp32"
+                "`--set {set}`: `{key}` is no setting of the method; what is counted here does not depend on it"
             )));
         }
         settings.insert(key.to_owned(), value);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! weights   4 bits each, or those of their format        scales    8 + 32/256 bits a block, or 32
-//! adapter   + gradients + two moments, each as large     scratch   the largest layer, decoded
+//! adapter   + gradients + two moments, as large or 8 bits scratch   the largest layer, decoded
 //! activations = layers · T·h  +  one block  +  the head       T = batch · seq, with blocks computed again
 //! ```
 //!
@@ -16,6 +16,7 @@ use peft::{
     core::{ModelExt, Outline, Site, SiteKind, Tuner},
     models::{MadeUp, Network, Task, build},
     quant::Format,
+    train::Optim,
 };
 use tch::Kind;
 
@@ -39,6 +40,8 @@ pub(crate) struct Step {
     pub(crate) quantization: Option<Quantization>,
     /// Blocks are computed again in the backward pass.
     pub(crate) checkpoint: bool,
+    /// Who keeps the moments.
+    pub(crate) optim: Optim,
 }
 
 /// Bytes of each part.
@@ -81,17 +84,19 @@ impl Budget {
         let mut model = build(config, task, &mut MadeUp::hollow(step.rest), &format)?;
         let outline = model.outline();
         model.inject("default", tuner)?;
-        let trained = model.trainable("default").into_iter();
-        let adapter = trained
-            .map(|it| (it.tensor.numel() * it.tensor.kind().elt_size_in_bytes()) as u64)
-            .sum();
+        let (mut adapter, mut optimiser) = (0, 0);
+        for it in model.trainable("default") {
+            let (numbers, size) = (it.tensor.numel(), it.tensor.kind().elt_size_in_bytes());
+            adapter += (numbers * size) as u64;
+            optimiser += step.optim.moments(numbers, size) as u64;
+        }
         let mut budget = Budget {
             weights: 0,
             scales: 0,
             rest: 0,
             adapter,
             gradients: adapter,
-            optimiser: 2 * adapter,
+            optimiser,
             activations: activations(&*model, &outline, step),
             scratch: 0,
             program: PROGRAM,
@@ -226,6 +231,7 @@ mod tests {
             rest: Kind::BFloat16,
             quantization: Some(Quantization::default()),
             checkpoint: true,
+            optim: Optim::AdamwTorch,
         };
         let lora = LoraConfig {
             r: 16,
@@ -239,6 +245,17 @@ mod tests {
         let norms = (2 * 32 + 1) * 4096;
         assert_eq!(budget.rest, 2 * (2 * 32000 * 4096 + norms));
         assert_eq!(budget.optimiser, 2 * budget.adapter);
+        // Each of its 64 tensors has 16 * 4096 numbers: a byte and a scale for 256 of them, twice.
+        let step = Step {
+            optim: Optim::Adamw8bit,
+            ..step
+        };
+        let eight = Budget::of(&config, Task::CausalLm, &lora, &step).unwrap();
+        assert_eq!(eight.optimiser, 64 * 2 * (16 * 4096 + 4 * 256));
+        assert_eq!(
+            eight.total() + budget.optimiser,
+            budget.total() + eight.optimiser
+        );
         assert_eq!(
             budget.total(),
             budget.parts().iter().map(|it| it.1).sum::<u64>()
