@@ -107,6 +107,15 @@ impl<'a> View<'a> {
 
     /// Decodes the numbers `from .. from + out.len()` on the caller's core. `from` is even; it need not begin a block.
     pub fn decode<T: Element>(&self, from: usize, out: &mut [T]) -> Result<()> {
+        self.decode_piece(from, out, size_of_val(out) > PAST)
+    }
+
+    /// [`View::decode`] past the caches: of a piece of what is larger than they are.
+    pub fn decode_past<T: Element>(&self, from: usize, out: &mut [T]) -> Result<()> {
+        self.decode_piece(from, out, true)
+    }
+
+    fn decode_piece<T: Element>(&self, from: usize, out: &mut [T], past: bool) -> Result<()> {
         let fits = from.checked_add(out.len()).is_some_and(|to| to <= self.len);
         if !fits || !from.is_multiple_of(2) {
             return Err(Error::Piece {
@@ -115,7 +124,7 @@ impl<'a> View<'a> {
                 len: self.len,
             });
         }
-        self.decode_runs(from, out, size_of_val(out) > PAST);
+        self.decode_runs(from, out, past);
         Ok(())
     }
 
