@@ -102,6 +102,16 @@ fn pieces<T: Element>(values: &[T], block: Block, kind: Type, cuts: &[(usize, us
                     bits(&whole[*from..*to]),
                     "{level:?} {from}..{to}"
                 );
+                // Past the caches what begins at a multiple of 64 bytes can go.
+                let mut room = vec![T::default(); to - from + 64];
+                let begin = room.as_ptr().align_offset(64);
+                let out = &mut room[begin..begin + to - from];
+                view.decode_past(*from, out).unwrap();
+                assert_eq!(
+                    bits(out),
+                    bits(&whole[*from..*to]),
+                    "{level:?} {from}..{to}"
+                );
             }
         }
     }

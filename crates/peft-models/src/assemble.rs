@@ -222,9 +222,9 @@ pub(crate) fn network(
         labels: classes.as_ref().map_or(2, |it| it.names.len() as i64),
         padding,
     };
-    let head = match model_type {
-        _ if encoder => bert_head(keys, &asked, like, &mut maker)?,
-        _ => decoder_head(keys, &asked, like.size()[1], &mut maker)?,
+    let head = match encoder {
+        true => bert_head(keys, &asked, like, &mut maker)?,
+        false => decoder_head(keys, &asked, like.size()[1], &mut maker)?,
     };
     let fresh = maker.fresh;
     Ok(Built::Headed(Box::new(Headed {

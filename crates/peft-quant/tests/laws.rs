@@ -81,6 +81,31 @@ proptest! {
     }
 }
 
+/// A large weight is decoded past the caches, a small one is not.
+#[test]
+fn a_large_weight_is_what_its_rows_are() {
+    let (out, inp, rows) = (1130, 2048, 100);
+    let scheme = four(Type::Nf4, 64, false);
+    for kind in [Kind::BFloat16, Kind::Half, Kind::Float] {
+        let dense = random(&[out, inp], 9).to_kind(kind);
+        let layer =
+            |weight: Tensor| QuantisedLinear::new(&scheme, Plain { weight, bias: None }).unwrap();
+        let parts: Vec<Tensor> = dense
+            .split(rows, 0)
+            .into_iter()
+            .map(|it| layer(it).weight())
+            .collect();
+        let parts = Tensor::cat(&parts, 0);
+        let whole = layer(dense);
+        assert!(whole.weight().equal(&parts), "{kind:?}");
+        // The product decodes into memory that is lent.
+        if kind != Kind::Half {
+            let one = Tensor::eye(inp, (kind, Device::Cpu));
+            assert!(whole.forward(&one).equal(&parts.tr()), "{kind:?}");
+        }
+    }
+}
+
 #[test]
 fn in_bf16_a_batch_is_the_dense_product_to_the_bit() {
     for scheme in [four(Type::Nf4, 64, true), four(Type::Fp4, 128, false)] {
