@@ -89,6 +89,10 @@ impl LinearAdapter for Triplets {
         add_low_rank(y, &x, &(&self.a * &self.e), &self.b, None, self.scale)
     }
 
+    fn reads_beneath(&self) -> bool {
+        false
+    }
+
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
         let delta = self.b.matmul(&(&self.a * &self.e)) * self.scale; // [out, in]
         let weight = plain.weight.to_kind(Kind::Float) + delta;

@@ -13,6 +13,8 @@ pub struct Ctx<'a> {
     /// In training, blocks of a model are computed again in the backward pass instead of being kept (1604.06174): the same
     /// gradients to the bit, in less memory and more time. A model of one's own may do without.
     pub checkpoint: bool,
+    /// A block is being computed again for its gradients: of what it returns nobody reads the numbers, only the graph counts.
+    pub again: bool,
 }
 
 impl Ctx<'_> {
@@ -21,12 +23,14 @@ impl Ctx<'_> {
         train: true,
         rows: None,
         checkpoint: false,
+        again: false,
     };
     /// Evaluation mode.
     pub const EVAL: Ctx<'static> = Ctx {
         train: false,
         rows: None,
         checkpoint: false,
+        again: false,
     };
 }
 
@@ -34,9 +38,8 @@ impl<'a> Ctx<'a> {
     /// Evaluation of a batch whose rows use different adapters.
     pub fn mixed(rows: &'a Rows) -> Ctx<'a> {
         Ctx {
-            train: false,
             rows: Some(rows),
-            checkpoint: false,
+            ..Ctx::EVAL
         }
     }
 }

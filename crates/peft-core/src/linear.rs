@@ -58,6 +58,10 @@ impl Stored {
 pub trait LinearOp: fmt::Debug + Send {
     /// x: `[.., in] -> [.., out]`, bias included; differentiable in x.
     fn forward(&self, x: &Tensor) -> Tensor;
+    /// The same where only the graph of the result counts: its numbers may be anything, so the product can be left out.
+    fn unread(&self, x: &Tensor) -> Tensor {
+        self.forward(x)
+    }
     /// The weight as a dense `[out, in]` tensor, decoded if need be.
     fn weight(&self) -> Tensor;
     /// The bias `[out]`, if the layer has one.
@@ -91,6 +95,11 @@ pub trait LinearOp: fmt::Debug + Send {
 pub trait LinearAdapter: Params + fmt::Debug + Send {
     /// x: `[.., in] -> [.., out]` with this adapter at work.
     fn forward(&self, x: &Tensor, beneath: Beneath<'_>, ctx: Ctx) -> Tensor;
+    /// Whether its gradients need the numbers that [`Beneath::forward`] gave, as those of a factor on them do and those of
+    /// something added to them do not.
+    fn reads_beneath(&self) -> bool {
+        true
+    }
     /// The layer with this adapter baked in, or `None` if the method has no such form.
     ///
     /// `plain` has the adapters beneath in it already; `base` has none.
@@ -107,6 +116,8 @@ pub struct Beneath<'a> {
     only: Option<&'a str>,
     /// An input for which the base has given its output already.
     ready: Option<(&'a Tensor, &'a Tensor)>,
+    /// Only the graph of the base's output counts.
+    unread: bool,
 }
 
 impl<'a> Beneath<'a> {
@@ -161,6 +172,7 @@ impl<'a> Beneath<'a> {
             {
                 output.copy()
             }
+            _ if self.unread => self.base.unread(x),
             _ => self.base.forward(x),
         }
     }
@@ -202,6 +214,9 @@ impl Dense {
 impl LinearOp for Dense {
     fn forward(&self, x: &Tensor) -> Tensor {
         peft_torch::linear(x, &self.weight, self.bias.as_ref())
+    }
+    fn unread(&self, x: &Tensor) -> Tensor {
+        peft_torch::linear_unread(x, &self.weight, self.bias.as_ref())
     }
     fn weight(&self) -> Tensor {
         self.weight.shallow_clone()
@@ -259,6 +274,17 @@ impl Linear {
 
     /// x: `[.., in] -> [.., out]` through the base and every active adapter.
     pub fn forward(&self, x: &Tensor, ctx: Ctx) -> Tensor {
+        self.run(x, ctx, false)
+    }
+
+    /// The same for the last layer of a block that adds it to something: where the block is computed again for its gradients
+    /// ([`Ctx::again`]), the product of the base is left out unless an adapter needs it.
+    pub fn forward_last(&self, x: &Tensor, ctx: Ctx) -> Tensor {
+        let reads = self.adapters.active().any(|it| it.reads_beneath());
+        self.run(x, ctx, ctx.again && !reads)
+    }
+
+    fn run(&self, x: &Tensor, ctx: Ctx, unread: bool) -> Tensor {
         // Merged adapters are in the base already.
         let adapters = match self.original {
             Some(_) => &[],
@@ -270,6 +296,7 @@ impl Linear {
             ctx,
             only: None,
             ready: None,
+            unread,
         };
         match ctx.rows {
             None => whole.forward(x),

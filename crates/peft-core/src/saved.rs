@@ -199,6 +199,10 @@ impl LinearAdapter for Shift {
         add_row_(beneath.forward(x), &self.shift())
     }
 
+    fn reads_beneath(&self) -> bool {
+        false
+    }
+
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
         let kind = plain.weight.kind();
         Some(Plain {

@@ -32,6 +32,10 @@ impl LinearAdapter for Lora {
         add_low_rank(y, &x, &a, &b, self.bias.as_ref(), self.factors.scale)
     }
 
+    fn reads_beneath(&self) -> bool {
+        false
+    }
+
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
         Some(Plain {
             weight: self.factors.onto(&plain.weight),

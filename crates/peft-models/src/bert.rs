@@ -19,7 +19,7 @@ use tch::{Kind, Tensor};
 use crate::{
     Cache, Input,
     attention::{Before, Heads, Mask, attend, counted},
-    block::{Block, Shared},
+    block::{Block, Shared, kept_if_last},
     body::{Body, Visitor, dropout, layer_norm, root, table},
     config::BertConfig,
     front::Front,
@@ -195,6 +195,7 @@ impl Body for Bert {
                 cache: None,
             };
             let (c, mask) = (Arc::clone(&self.config), mask.clone());
+            let ctx = kept_if_last(ctx, i, self.layers.len());
             x = layer.run([&x], before, ctx, move |layer, [x], before, ctx| {
                 layer.forward(&c, x, &mask, before, ctx)
             });

@@ -14,6 +14,7 @@ use std::{
 };
 
 use peft_core::Ctx;
+use peft_torch::Pass;
 use tch::{TchError, Tensor};
 
 use crate::{Cache, attention::Before, body::Visitor};
@@ -83,7 +84,7 @@ impl<B: Block> Shared<B> {
             (leaves(&mut *block), worn(&mut *block))
         };
         let inner = Arc::clone(&self.0);
-        let run = move |all: &[Tensor]| {
+        let run = move |all: &[Tensor], pass| {
             if inner.visited.load(Ordering::SeqCst) {
                 return Err(refused("while its places are being visited"));
             }
@@ -103,12 +104,22 @@ impl<B: Block> Shared<B> {
                 before,
                 Ctx {
                     checkpoint: true,
+                    again: pass == Pass::Again,
                     ..Ctx::TRAIN
                 },
             ))
         };
         let params: Vec<&Tensor> = params.iter().collect();
         peft_torch::checkpoint(&all, &params, run).expect("a block that nobody visits")
+    }
+}
+
+/// How block `i` of `n` is run. The backward pass begins with the last one: if it were dropped it would be computed again at once,
+/// and be held all the same.
+pub(crate) fn kept_if_last(ctx: Ctx<'_>, i: usize, n: usize) -> Ctx<'_> {
+    Ctx {
+        checkpoint: ctx.checkpoint && i + 1 < n,
+        ..ctx
     }
 }
 

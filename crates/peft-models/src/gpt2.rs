@@ -19,7 +19,7 @@ use tch::Tensor;
 use crate::{
     Cache, Input,
     attention::{Before, Heads, Mask, attend},
-    block::{self, Shared},
+    block::{self, Shared, kept_if_last},
     body::{Body, Visitor, dropout, layer_norm, root},
     config::Gpt2Config,
     front::Front,
@@ -115,7 +115,7 @@ impl Block {
         let x = dropout(self.out.forward(&y, ctx), c.resid_dropout, ctx) + x;
         let inner = self.fc.forward(&self.norm2.forward(&x, ctx), ctx); // [batch, new, inner]
         let inner = c.activation.forward(&inner);
-        dropout(self.proj.forward(&inner, ctx), c.resid_dropout, ctx) + x
+        dropout(self.proj.forward_last(&inner, ctx), c.resid_dropout, ctx) + x
     }
 }
 
@@ -145,6 +145,7 @@ impl Body for Gpt2 {
                 cache: cache.as_deref_mut().map(|it| (it, i)),
             };
             let (c, heads, mask) = (Arc::clone(c), self.heads(i), mask.clone());
+            let ctx = kept_if_last(ctx, i, self.blocks.len());
             x = block.run([&x], before, ctx, move |block, [x], before, ctx| {
                 block.forward((&c, heads), x, &mask, before, ctx)
             });

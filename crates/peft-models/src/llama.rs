@@ -20,7 +20,7 @@ use tch::Tensor;
 use crate::{
     Cache, Input,
     attention::{Before, Heads, Mask, attend},
-    block::{Block, Shared},
+    block::{Block, Shared, kept_if_last},
     body::{Body, Visitor, rms_norm, root},
     config::LlamaConfig,
     front::Front,
@@ -170,7 +170,7 @@ impl Layer {
         let h = self.mlp_norm.forward(&x, ctx);
         let (gate, up) = (self.mlp.gate.forward(&h, ctx), self.mlp.up.forward(&h, ctx));
         let inner = c.activation.gated(&gate, &up); // [batch, new, intermediate]
-        self.mlp.down.forward(&inner, ctx) + x
+        self.mlp.down.forward_last(&inner, ctx) + x
     }
 }
 
@@ -233,6 +233,7 @@ impl Body for Llama {
                     mask: mask.clone(),
                 },
             );
+            let ctx = kept_if_last(ctx, i, self.layers.len());
             x = layer.run([&x], before, ctx, move |layer, [x], before, ctx| {
                 layer.forward(&c, x, &around, before, ctx)
             });

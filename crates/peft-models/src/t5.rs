@@ -22,7 +22,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     Cache, Decoder, IGNORE, Input, Labels, Network, Task,
     attention::{Before, Heads, Mask, attend},
-    block::{self, Shared},
+    block::{self, Shared, kept_if_last},
     body::{Visitor, dropout, rms_norm, table},
     config::T5Config,
     front::{Front, ones_before},
@@ -382,7 +382,7 @@ impl Mlp {
                 (c.activation.gated(&gate, &up), wo)
             }
         };
-        wo.forward(&dropout(inner, c.dropout, ctx), ctx)
+        wo.forward_last(&dropout(inner, c.dropout, ctx), ctx)
     }
 
     fn slots(&mut self, at: &str, visit: Visitor<'_>) {
@@ -460,6 +460,7 @@ impl Seq2Seq for T5 {
             };
             let (c, mask, cross_mask) = (Arc::clone(c), seen.clone(), cross_mask.clone());
             let inputs = [&x, &seen.scores, &source.states];
+            let ctx = kept_if_last(ctx, i, stack.blocks.len());
             x = block.run(inputs, before, ctx, move |block, inputs, before, ctx| {
                 let [x, scores, states] = inputs;
                 let source = Some((states, &cross_mask));

@@ -170,6 +170,19 @@ impl QuantisedLinear {
 }
 
 impl QuantisedLinear {
+    /// What `product` gives in the dtype in which products are made, and its graph.
+    fn tied(&self, x: &Tensor, product: impl FnOnce(Kind) -> Tensor) -> Tensor {
+        let compute = self.compute.unwrap_or(x.kind());
+        let [y] = apply(&[x], || {
+            let back = Back {
+                code: self.code.handle(),
+                compute,
+            };
+            ([product(compute).to_kind(x.kind())], back)
+        });
+        y
+    }
+
     /// Another weight and bias in the place of these.
     fn like(&self, code: Code, bias: Option<Tensor>) -> QuantisedLinear {
         QuantisedLinear::of(code, bias, self.kind, self.compute, self.transposed)
@@ -178,17 +191,14 @@ impl QuantisedLinear {
 
 impl LinearOp for QuantisedLinear {
     fn forward(&self, x: &Tensor) -> Tensor {
-        let compute = self.compute.unwrap_or(x.kind());
-        let [y] = apply(&[x], || {
+        self.tied(x, |compute| {
             let bias = self.bias.as_ref().map(|it| it.to_kind(compute));
-            let y = self.code.product(&x.to_kind(compute), bias.as_ref());
-            let back = Back {
-                code: self.code.handle(),
-                compute,
-            };
-            ([y.to_kind(x.kind())], back)
-        });
-        y
+            self.code.product(&x.to_kind(compute), bias.as_ref())
+        })
+    }
+
+    fn unread(&self, x: &Tensor) -> Tensor {
+        self.tied(x, |_| peft_torch::unread(x, self.shape().0))
     }
 
     fn weight(&self) -> Tensor {

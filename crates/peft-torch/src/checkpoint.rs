@@ -15,7 +15,17 @@
 use crate::{Function, apply, ffi, memory, rng, vjp};
 use tch::{Device, TchError, Tensor};
 
-/// `run(inputs)`, which the backward pass computes again: of all that is in it only `inputs` are kept.
+/// Which time a part of a network is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// In the forward pass.
+    First,
+    /// In the backward pass: nobody reads the numbers of the output, only its graph counts. What comes last and is needed by no
+    /// gradient can be left out.
+    Again,
+}
+
+/// `run(inputs, Pass::First)`, which the backward pass computes again: of all that is in it only `inputs` are kept.
 ///
 /// `params` are what takes gradients inside `run` without being given to it. What `run` does may depend on nothing else that
 /// changes before the backward pass has run. Where no gradient is wanted this is `run` and no more.
@@ -30,7 +40,7 @@ use tch::{Device, TchError, Tensor};
 /// let x = Tensor::from_slice(&[3f32]).set_requires_grad(true);
 /// let w = Tensor::from_slice(&[2f32]).set_requires_grad(true);
 /// let inside = w.shallow_clone();
-/// let y = checkpoint(&[&x], &[&w], move |x| Ok(&x[0] * &x[0] * &inside))?;
+/// let y = checkpoint(&[&x], &[&w], move |x, _| Ok(&x[0] * &x[0] * &inside))?;
 /// y.sum(Kind::Float).backward();
 /// assert_eq!([&x, &w].map(|it| it.grad().double_value(&[0])), [12.0, 9.0]);
 /// # Ok::<(), tch::TchError>(())
@@ -38,12 +48,12 @@ use tch::{Device, TchError, Tensor};
 pub fn checkpoint(
     inputs: &[&Tensor],
     params: &[&Tensor],
-    run: impl Fn(&[Tensor]) -> Result<Tensor, TchError> + Send + 'static,
+    run: impl Fn(&[Tensor], Pass) -> Result<Tensor, TchError> + Send + 'static,
 ) -> Result<Tensor, TchError> {
     let wanted = inputs.iter().chain(params).any(|it| it.requires_grad());
     if !wanted || !ffi::grad_enabled() {
         let inputs: Vec<Tensor> = inputs.iter().map(|it| it.shallow_clone()).collect();
-        return run(&inputs);
+        return run(&inputs, Pass::First);
     }
     let mut named: Vec<&Tensor> = Vec::new();
     for it in params {
@@ -61,7 +71,7 @@ pub fn checkpoint(
         drawn: rng::snapshot(inputs.iter().chain(params).map(|it| it.device()))?,
         run,
     };
-    let y = (saved.run)(&saved.fresh())?.detach();
+    let y = (saved.run)(&saved.fresh(), Pass::First)?.detach();
     memory::give_back_growth();
     let all: Vec<&Tensor> = inputs.iter().copied().chain(named).collect();
     let [y] = apply(&all, || ([y], saved));
@@ -78,18 +88,18 @@ struct Checkpoint<F> {
     run: F,
 }
 
-impl<F: Fn(&[Tensor]) -> Result<Tensor, TchError>> Checkpoint<F> {
+impl<F: Fn(&[Tensor], Pass) -> Result<Tensor, TchError>> Checkpoint<F> {
     /// The inputs as leaves of a graph of their own.
     fn fresh(&self) -> Vec<Tensor> {
         let leaf = |(it, wants): &(Tensor, bool)| it.detach().set_requires_grad(*wants);
         self.inputs.iter().map(leaf).collect()
     }
 
-    /// The same output once more, with a graph from `inputs`.
+    /// The same graph once more, from `inputs`.
     fn again(&self, inputs: &[Tensor]) -> Result<Tensor, TchError> {
         let now = rng::snapshot(self.drawn.iter().map(|(device, _)| *device))?;
         rng::restore(&self.drawn)?;
-        let y = tch::with_grad(|| (self.run)(inputs));
+        let y = tch::with_grad(|| (self.run)(inputs, Pass::Again));
         rng::restore(&now)?;
         y
     }
@@ -97,7 +107,7 @@ impl<F: Fn(&[Tensor]) -> Result<Tensor, TchError>> Checkpoint<F> {
 
 impl<F> Function for Checkpoint<F>
 where
-    F: Fn(&[Tensor]) -> Result<Tensor, TchError> + Send + 'static,
+    F: Fn(&[Tensor], Pass) -> Result<Tensor, TchError> + Send + 'static,
 {
     fn backward(
         &self,

@@ -31,9 +31,9 @@ mod threads;
 
 pub use adamw::{AdamW, Moments};
 pub use attention::attention;
-pub use checkpoint::checkpoint;
+pub use checkpoint::{Pass, checkpoint};
 pub use function::{Function, apply, backward, drop_grad, vjp};
-pub use linear::{add_product, fast_fp32, linear, set_fast_fp32};
+pub use linear::{add_product, fast_fp32, linear, linear_unread, set_fast_fp32, unread};
 pub use low_rank::add_low_rank;
 pub use ops::{
     add_, add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, scale, scale_, swiglu,

@@ -27,6 +27,31 @@ use tch::{Device, Kind, TchError, Tensor};
 /// # Panics
 /// If shapes, dtypes or devices do not fit together.
 pub fn linear(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Tensor {
+    tied(x, w, b, product)
+}
+
+/// [`linear`] without the product: what is returned has its graph, and on a processor any numbers.
+///
+/// # Panics
+/// As [`linear`].
+pub fn linear_unread(x: &Tensor, w: &Tensor, b: Option<&Tensor>) -> Tensor {
+    tied(x, w, b, |x, w, _| unread(x, w.size()[0]))
+}
+
+/// Memory for `[.., out]` like x, with anything in it.
+pub fn unread(x: &Tensor, out: i64) -> Tensor {
+    let mut shape = x.size();
+    *shape.last_mut().expect("a row") = out;
+    x.new_empty(shape.as_slice(), (x.kind(), x.device()))
+}
+
+/// The output of a linear layer as `product` gives it, and its graph.
+fn tied(
+    x: &Tensor,
+    w: &Tensor,
+    b: Option<&Tensor>,
+    product: impl Fn(&Tensor, &Tensor, Option<&Tensor>) -> Tensor,
+) -> Tensor {
     if x.device() != Device::Cpu {
         return x.linear(w, b);
     }

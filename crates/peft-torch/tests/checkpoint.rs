@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use peft_torch::{checkpoint, memory, rng, vjp};
+use peft_torch::{Pass, checkpoint, memory, rng, vjp};
 use tch::{Device, Kind, TchError, Tensor};
 
 fn leaf(shape: &[i64]) -> Tensor {
@@ -19,7 +19,7 @@ fn block(x: &Tensor, w: &Tensor) -> Tensor {
 
 fn kept(x: &Tensor, w: &Tensor) -> Tensor {
     let inside = w.shallow_clone();
-    checkpoint(&[x], &[w], move |x| Ok(block(&x[0], &inside))).unwrap()
+    checkpoint(&[x], &[w], move |x, _| Ok(block(&x[0], &inside))).unwrap()
 }
 
 fn equal(a: &Tensor, b: &Tensor) -> bool {
@@ -59,8 +59,9 @@ fn the_inside_is_dropped_at_once_and_computed_once_more() {
     let runs = Arc::new(AtomicUsize::new(0));
     let counted = |x: &Tensor| {
         let runs = runs.clone();
-        let run = move |x: &[Tensor]| {
-            runs.fetch_add(1, Ordering::SeqCst);
+        let run = move |x: &[Tensor], pass| {
+            let before = runs.fetch_add(1, Ordering::SeqCst);
+            assert_eq!(pass == Pass::Again, before == 1);
             Ok(x[0].exp())
         };
         checkpoint(&[x], &[], run).unwrap()
@@ -92,7 +93,7 @@ fn of_all_parts_but_one_the_inputs_alone_are_held() {
         let x = leaf(&[SIZE / 4]);
         let step = || {
             let y = (0..deep).fold(x.shallow_clone(), |x, _| match twice {
-                true => checkpoint(&[&x], &[], move |x| Ok(inside(&x[0]))).unwrap(),
+                true => checkpoint(&[&x], &[], move |x, _| Ok(inside(&x[0]))).unwrap(),
                 false => inside(&x),
             });
             y.sum(Kind::Float).backward();
@@ -117,7 +118,7 @@ fn depth_takes_no_stack() {
         let scaled = |x: &[Tensor], w: &Tensor| Ok(x[0].matmul(w).tanh() + &x[0]);
         let y = (0..2000).fold(x.shallow_clone(), |x, _| {
             let inside = w.shallow_clone();
-            checkpoint(&[&x], &[&w], move |x| scaled(x, &inside)).unwrap()
+            checkpoint(&[&x], &[&w], move |x, _| scaled(x, &inside)).unwrap()
         });
         y.sum(Kind::Float).backward();
         assert!(w.grad().defined() && x.grad().defined());
@@ -130,7 +131,7 @@ fn parts_may_lie_in_parts() {
     let (x, w) = (leaf(&[3, 5]), leaf(&[5, 5]));
     let nested = |x: &Tensor, w: &Tensor| {
         let inside = w.shallow_clone();
-        let run = move |x: &[Tensor]| Ok(kept(&kept(&x[0], &inside), &inside));
+        let run = move |x: &[Tensor], _| Ok(kept(&kept(&x[0], &inside), &inside));
         checkpoint(&[x], &[w], run).unwrap()
     };
     let grads = |run: &dyn Fn() -> Tensor| {
@@ -149,7 +150,7 @@ fn parts_may_lie_in_parts() {
 fn a_parameter_named_twice_counts_once() {
     let w = leaf(&[3]);
     let inside = w.shallow_clone();
-    let run = move |_: &[Tensor]| Ok(inside.square());
+    let run = move |_: &[Tensor], _| Ok(inside.square());
     let y = checkpoint(&[], &[&w, &w.shallow_clone()], run).unwrap();
     y.sum(Kind::Float).backward();
     assert!(equal(&w.grad(), &(w.detach() * 2.0)));
@@ -159,12 +160,12 @@ fn a_parameter_named_twice_counts_once() {
 fn what_is_not_used_has_no_gradient() {
     let (x, w, unused) = (leaf(&[3]), leaf(&[3]), leaf(&[3]));
     let inside = w.shallow_clone();
-    let run = move |x: &[Tensor]| Ok(&x[0] * &inside);
+    let run = move |x: &[Tensor], _| Ok(&x[0] * &inside);
     let y = checkpoint(&[&x], &[&w, &unused], run).unwrap();
     y.sum(Kind::Float).backward();
     assert!(w.grad().defined() && !unused.grad().defined());
     // And where nothing at all is.
-    let run = |x: &[Tensor]| Ok(x[0].detach() * 2.0);
+    let run = |x: &[Tensor], _| Ok(x[0].detach() * 2.0);
     let y = checkpoint(&[&x], &[], run).unwrap();
     (y.sum(Kind::Float) + unused.sum(Kind::Float)).backward();
     assert!(equal(&x.grad(), &w.detach()), "as it was");
@@ -175,7 +176,7 @@ fn an_error_or_a_panic_of_the_second_run_is_an_error_of_the_call() {
     for panics in [false, true] {
         let x = leaf(&[2]);
         let runs = AtomicUsize::new(0);
-        let run = move |x: &[Tensor]| match (runs.fetch_add(1, Ordering::SeqCst), panics) {
+        let run = move |x: &[Tensor], _| match (runs.fetch_add(1, Ordering::SeqCst), panics) {
             (0, _) => Ok(&x[0] * 2.0),
             (_, true) => panic!("changed its mind"),
             (_, false) => Err(TchError::Torch("changed its mind".into())),

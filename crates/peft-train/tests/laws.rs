@@ -96,7 +96,7 @@ impl Objective for Bigram {
         let scores = move |seen: &Tensor| seen.dropout(p, ctx.train).matmul(&head);
         let scores = match ctx.checkpoint {
             false => scores(&seen),
-            true => checkpoint(&[&seen], &[&self.head], move |it| Ok(scores(&it[0])))?,
+            true => checkpoint(&[&seen], &[&self.head], move |it, _| Ok(scores(&it[0])))?,
         };
         let scores = scores.narrow(1, 0, shape[1] - 1).reshape([-1, 600]);
         let labels = labels.narrow(1, 1, shape[1] - 1).reshape([-1]);

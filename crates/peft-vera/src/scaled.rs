@@ -117,6 +117,10 @@ impl LinearAdapter for Scaled {
         add_(y, &delta)
     }
 
+    fn reads_beneath(&self) -> bool {
+        false
+    }
+
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
         let (a, b) = self.part(plain.weight.size()[1]);
         let (left, right) = (
