@@ -103,7 +103,7 @@ fn the_product_is_left_out_where_no_gradient_needs_it() {
         }
         let x = random(&[2, 4, 3]).set_requires_grad(true);
         let g = random(&[2, 4, 5]);
-        let mut grads = |ctx: Ctx| {
+        let grads = |ctx: Ctx| {
             let before = products.load(Ordering::SeqCst);
             let y = layer.forward_last(&x, ctx);
             assert_eq!(y.size(), [2, 4, 5]);
