@@ -22,8 +22,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use commands::{
-    chat, check, combine, compare, completions, convert, data, eval, forward, generate, import,
-    info, merge, quantize, train,
+    chat, check, combine, compare, completions, convert, data, dequantize, eval, forward, generate,
+    import, info, merge, quantize, train,
 };
 
 /// Fine-tune language models with few parameters, and use the result.
@@ -71,6 +71,8 @@ enum Command {
     Data(data::Args),
     /// Keep the layers of a model in 4 or 8 bits
     Quantize(quantize::Args),
+    /// Make the layers of a model in 4 or 8 bits dense again
+    Dequantize(dequantize::Args),
     /// Turn a GGUF file into a model folder
     Import(import::Args),
     /// Compute logits, loss and gradients into a file, to compare with other frameworks
@@ -105,6 +107,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Info(args) => info::run(args),
         Command::Data(args) => data::run(args),
         Command::Quantize(args) => quantize::run(args),
+        Command::Dequantize(args) => dequantize::run(args),
         Command::Import(args) => import::run(args),
         Command::Forward(args) => forward::run(args),
         Command::Completions(args) => completions::run::<Cli>(args),

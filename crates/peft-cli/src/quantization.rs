@@ -32,6 +32,17 @@ pub(crate) enum Bits {
     Int8,
 }
 
+impl Bits {
+    /// As it is written in a sentence.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Bits::Nf4 => "NF4",
+            Bits::Fp4 => "FP4",
+            Bits::Int8 => "8 bits",
+        }
+    }
+}
+
 /// How the linear layers of a dense base are kept.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields, into = "Value")]
@@ -238,11 +249,10 @@ impl Quantization {
 
     /// In a line.
     pub(crate) fn line(&self) -> String {
-        let name = match self.bits {
-            Bits::Nf4 => "NF4",
-            Bits::Fp4 => "FP4",
-            Bits::Int8 => return "8 bits, a scale a row".into(),
-        };
+        let name = self.bits.name();
+        if self.bits == Bits::Int8 {
+            return format!("{name}, a scale a row");
+        }
         let double = if self.double_quant {
             ", scales in 8 bits"
         } else {

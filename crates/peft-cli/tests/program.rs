@@ -7,9 +7,18 @@ use std::fs;
 use common::{TEXT, fed, peft};
 
 /// Commands whose help is kept as a file: what a user reads is part of the product.
-const KEPT: [&str; 10] = [
-    "compare", "generate", "chat", "merge", "combine", "convert", "check", "info", "import",
+const KEPT: [&str; 11] = [
+    "compare",
+    "generate",
+    "chat",
+    "merge",
+    "combine",
+    "convert",
+    "check",
+    "info",
+    "import",
     "forward",
+    "dequantize",
 ];
 
 #[test]

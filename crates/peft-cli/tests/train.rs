@@ -532,6 +532,17 @@ fn a_run_on_four_bits_remembers_its_base() {
             .get("quantization_config")
             .is_none()
     );
+    // It becomes dense again, what was dense does not.
+    let said = good(dir, &["dequantize", "four", "--out", "dense"]);
+    assert!(said.contains("from NF4"), "{said}");
+    assert!(
+        json("dense/config.json")
+            .get("quantization_config")
+            .is_none()
+    );
+    good(dir, &["eval", "dense", "--data", data]);
+    let (code, said) = bad(dir, &["dequantize", "dense", "--out", "no"]);
+    assert!(code == 2 && said.contains("`dense` is dense"), "{said}");
     let twice = [&on[..], &steps, &["--quantization", "fp4", "--out", "no"]].concat();
     let (code, said) = bad(dir, &twice);
     assert!(code == 2 && said.contains("in few bits already"), "{said}");

@@ -42,7 +42,11 @@ pub fn save_sharded(
     whole(dir, |partial| fill(model, partial, besides, limit))
 }
 
-/// Lets `fill` write a folder beside `dir`, and gives it that name when it is whole.
+/// In a folder that is being written, locked by whoever writes.
+const LOCK: &str = ".lock";
+
+/// Lets `fill` write a folder beside `dir`, and gives it that name when it is whole. What a process that was killed meanwhile
+/// left of such a folder is removed by the next.
 pub(crate) fn whole<T>(dir: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     if dir.read_dir().is_ok_and(|mut it| it.next().is_some()) {
         return Err(Error::file(
@@ -55,10 +59,19 @@ pub(crate) fn whole<T>(dir: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Res
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned();
+    remove_abandoned(dir, &format!(".{name}."));
     let partial = dir.with_file_name(format!(".{name}.{}.partial", std::process::id()));
     let written = fs::create_dir_all(&partial)
         .map_err(Error::io(&partial))
-        .and_then(|()| fill(&partial))
+        .and_then(|()| {
+            let path = partial.join(LOCK);
+            let lock = fs::File::create(&path).map_err(Error::io(&path))?;
+            let _ = lock.lock(); // where files cannot be locked, nothing is ever taken for abandoned
+            let result = fill(&partial)?;
+            drop(lock);
+            fs::remove_file(&path).map_err(Error::io(&path))?;
+            Ok(result)
+        })
         .and_then(|result| {
             // An empty folder is in the way of a rename on some systems.
             let _ = fs::remove_dir(dir);
@@ -69,6 +82,20 @@ pub(crate) fn whole<T>(dir: &Path, fill: impl FnOnce(&Path) -> Result<T>) -> Res
         let _ = fs::remove_dir_all(&partial);
     }
     written
+}
+
+/// Removes what processes that are no more began to write for `dir`: a lock ends with its process.
+fn remove_abandoned(dir: &Path, begins: &str) {
+    let parent = dir.parent().filter(|it| !it.as_os_str().is_empty());
+    let entries = fs::read_dir(parent.unwrap_or(Path::new("."))).into_iter();
+    for path in entries.flatten().flatten().map(|it| it.path()) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let ours = name.starts_with(begins) && name.ends_with(".partial");
+        let free = || fs::File::open(path.join(LOCK)).is_ok_and(|it| it.try_lock().is_ok());
+        if ours && free() {
+            let _ = fs::remove_dir_all(&path);
+        }
+    }
 }
 
 fn fill(model: &mut dyn Network, dir: &Path, besides: &[PathBuf], limit: u64) -> Result<()> {
@@ -336,4 +363,49 @@ pub fn parameters(model: &mut dyn Network) -> i64 {
         _ => {}
     });
     packed + seen.values().sum::<i64>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_killed_process_left_is_removed_and_what_another_writes_is_not() {
+        let parent = tempfile::tempdir().unwrap();
+        let at = |name: &str| parent.path().join(name);
+        for name in [
+            ".out.1.partial",
+            ".out.2.partial",
+            ".other.1.partial",
+            ".out.3.partial",
+        ] {
+            fs::create_dir(at(name)).unwrap();
+            fs::write(at(name).join("model.safetensors"), "half").unwrap();
+        }
+        for name in [".out.1.partial", ".out.2.partial", ".other.1.partial"] {
+            fs::write(at(name).join(LOCK), "").unwrap();
+        }
+        let writing = fs::File::open(at(".out.2.partial").join(LOCK)).unwrap();
+        writing.lock().unwrap();
+        let out = at("out");
+        let file = |dir: &Path| fs::write(dir.join("config.json"), "{}").map_err(Error::io(dir));
+        whole(&out, file).unwrap();
+        let mut left: Vec<_> = fs::read_dir(parent.path())
+            .unwrap()
+            .map(|it| it.unwrap().file_name())
+            .collect();
+        left.sort();
+        // Without a lock nobody knows whether somebody has only just begun.
+        assert_eq!(
+            left,
+            [
+                ".other.1.partial",
+                ".out.2.partial",
+                ".out.3.partial",
+                "out"
+            ]
+        );
+        let files: Vec<_> = fs::read_dir(&out).unwrap().collect();
+        assert_eq!(files.len(), 1, "the lock is gone");
+    }
 }

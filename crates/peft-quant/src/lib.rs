@@ -41,4 +41,4 @@ mod source;
 pub use config::{Eight, Format, Four, Scheme};
 pub use layer::QuantisedLinear;
 pub use peft_codec::{Block, Compat, Type};
-pub use source::Quantised;
+pub use source::{Decoded, Quantised};

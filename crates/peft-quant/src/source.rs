@@ -1,7 +1,8 @@
 //! A source of weights whose linear layers are kept in few bits.
 
-use peft_core::{Dense, Error, Linear, Result, Weights};
+use peft_core::{BaseFormat, Dense, Error, Linear, Result, Weights};
 use peft_torch::memory;
+use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use crate::{
@@ -139,5 +140,64 @@ impl Weights for Quantised<'_> {
         self.layer(at, (out, inp), true, true, &|weights| {
             Ok(weights.tensor(&format!("{at}.weight"), &[inp, out])?.tr())
         })
+    }
+}
+
+/// Every layer dense: those that the source keeps in few bits are decoded while they are read.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decoded(Format);
+
+impl Decoded {
+    /// Of a source in few bits.
+    pub fn new() -> Decoded {
+        Decoded(Format::as_stored())
+    }
+}
+
+impl Default for Decoded {
+    fn default() -> Decoded {
+        Decoded::new()
+    }
+}
+
+impl BaseFormat for Decoded {
+    fn check(&self, config: &Value) -> Result<()> {
+        self.0.check(config)
+    }
+
+    fn over<'a>(&'a self, weights: &'a mut dyn Weights) -> Box<dyn Weights + 'a> {
+        Box::new(Dequantised(Quantised::new(weights, &self.0)))
+    }
+}
+
+struct Dequantised<'a>(Quantised<'a>);
+
+impl Weights for Dequantised<'_> {
+    fn tensor(&mut self, key: &str, shape: &[i64]) -> Result<Tensor> {
+        self.0.tensor(key, shape)
+    }
+
+    fn stored(&mut self, key: &str) -> Result<Tensor> {
+        self.0.stored(key)
+    }
+
+    fn kind(&self) -> Option<Kind> {
+        self.0.kind()
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.0.has(key)
+    }
+
+    fn linear(&mut self, at: &str, shape: (i64, i64), bias: bool) -> Result<Linear> {
+        let mut layer = self.0.linear(at, shape, bias)?;
+        layer.decode();
+        Ok(layer)
+    }
+
+    fn linear_transposed(&mut self, at: &str, shape: (i64, i64)) -> Result<Linear> {
+        let mut layer = self.0.linear_transposed(at, shape)?;
+        layer.decode();
+        Ok(layer)
     }
 }

@@ -12,7 +12,7 @@ use peft::{
     generate,
     models::{Source, Task, convert},
     open,
-    quant::{Block, Compat, Format, Four, Scheme, Type},
+    quant::{Block, Compat, Decoded, Format, Four, Scheme, Type},
     save,
     tch::{Kind, Tensor},
     torch::memory::with_bytes,
@@ -199,6 +199,48 @@ fn what_is_read_is_written_again() {
         let out = out.path().join("again");
         save(&mut *model, &out, &[]).unwrap();
         same_files(&case.name, &out, &case.dir);
+    }
+}
+
+/// Dense, the model computes what it did with products in the dtype of its input.
+#[test]
+fn a_folder_is_made_dense_again() {
+    for case in cases() {
+        let out = tempfile::tempdir().unwrap();
+        let out = out.path().join("dense");
+        let source = Source::Folder(case.dir.clone());
+        let options = OpenOptions::default();
+        let decoded = Decoded::new();
+        let done = convert(
+            &source,
+            Task::CausalLm,
+            options,
+            &decoded,
+            &out,
+            &[],
+            Some(100_000),
+        );
+        assert_eq!(done.unwrap().layers, 0, "{}", case.name);
+        let config = files::read_json(&out.join("config.json")).unwrap();
+        assert!(config.get("quantization_config").is_none());
+        let [dense, kept] =
+            [&out, &case.dir].map(|dir| open(&dir.to_string_lossy(), options).unwrap());
+        let ids = &case.io["plain.input_ids"];
+        let [got, expected] = [&dense, &kept]
+            .map(|it| tch::no_grad(|| it.forward(&Input::new(ids.shallow_clone()), Ctx::EVAL)));
+        agree(&got, &expected, 1e-6, &case.name).unwrap();
+        let weights = |mut model: Box<dyn Decoder>| {
+            let mut all = Vec::new();
+            model.slots(&mut |at, slot| {
+                if let Slot::Linear(it) = slot {
+                    all.push((at.to_owned(), it.base().weight(), it.base().is_dense()));
+                }
+            });
+            all
+        };
+        for ((at, dense, is_dense), (_, kept, _)) in weights(dense).iter().zip(&weights(kept)) {
+            assert!(*is_dense && same_bits(dense, kept), "{} {at}", case.name);
+        }
     }
 }
 

@@ -7,6 +7,7 @@ pub(crate) mod compare;
 pub(crate) mod completions;
 pub(crate) mod convert;
 pub(crate) mod data;
+pub(crate) mod dequantize;
 pub(crate) mod eval;
 pub(crate) mod forward;
 pub(crate) mod generate;

@@ -3,12 +3,17 @@
 //! The folder is the one that `transformers` writes with `bitsandbytes`. Layers are read, encoded and written one after
 //! the other; what is held in memory is one file of the new folder.
 
-use std::{fs, path::PathBuf, time::Instant};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::{Context, Result};
 use console::style;
 use peft::{
-    models::{OpenOptions, Source, Task, convert},
+    core::BaseFormat,
+    models::{Converted, OpenOptions, Source, Task, convert},
     torch::memory,
 };
 use tch::Device;
@@ -18,7 +23,7 @@ use crate::{
     commands::merge::{besides, folder_size},
     error::usage,
     quantization::{Bits, Quantization},
-    sources::BaseArgs,
+    sources::{BaseArgs, Sources},
     terminal::{bytes, plural},
 };
 
@@ -79,54 +84,75 @@ pub(crate) fn run(args: Args) -> Result<()> {
         adapter: Vec::new(),
     }
     .find()?;
-    let task = sources.task(None).unwrap_or(Task::CausalLm);
-    wish.must_fit(&sources.base, task)?;
-    let held = tempfile::tempdir().context("a temporary folder")?;
+    wish.must_fit(&sources.base, task(&sources))?;
     let options = OpenOptions {
         kind: args.dtype.kind(),
         device: Device::Cpu,
     };
+    rewrite(
+        &sources,
+        (&args.model, options),
+        &format,
+        (&args.out, args.shard_size),
+        |done| {
+            format!(
+                "{} {} ({}: {}; {} left as they are)",
+                style("quantised into").green(),
+                args.out.display(),
+                plural(done.layers, "layer"),
+                wish.line(),
+                plural(done.left, "tensor"),
+            )
+        },
+    )
+}
+
+fn task(sources: &Sources) -> Task {
+    sources.task(None).unwrap_or(Task::CausalLm)
+}
+
+/// Writes a model in a format to a folder, in files of so many megabytes at most; prints `line`, sizes and the next step.
+pub(crate) fn rewrite(
+    sources: &Sources,
+    (model, options): (&str, OpenOptions),
+    format: &dyn BaseFormat,
+    (out, shard_size): (&Path, u64),
+    line: impl FnOnce(Converted) -> String,
+) -> Result<()> {
+    let held = tempfile::tempdir().context("a temporary folder")?;
     let begun = Instant::now();
-    let voiced = sources.has_tokenizer();
+    let task = task(sources);
     let done = convert(
         &sources.base,
         task,
         options,
-        &format,
-        &args.out,
-        &besides(&sources, &held)?,
-        Some(args.shard_size.saturating_mul(1_000_000)),
+        format,
+        out,
+        &besides(sources, &held)?,
+        Some(shard_size.saturating_mul(1_000_000)),
     )
-    .with_context(|| format!("model `{}`", args.model))?;
+    .with_context(|| format!("model `{model}`"))?;
     let before = match &sources.base {
         Source::Folder(dir) => weights_size(dir)?,
         Source::Gguf(file) => fs::metadata(file).map(|it| it.len()).unwrap_or(0),
     };
-    let after = folder_size(&args.out)?;
-    println!(
-        "{} {} ({}: {}; {} left as they are)",
-        style("quantised into").green(),
-        args.out.display(),
-        plural(done.layers, "layer"),
-        wish.line(),
-        plural(done.left, "tensor"),
-    );
+    println!("{}", line(done));
     let peak = memory::usage(Device::Cpu).map(|it| format!(", at most {}", bytes(it.peak)));
     println!(
         "{} → {} in {:.1} s{}",
         bytes(before),
-        bytes(after),
+        bytes(folder_size(out)?),
         begun.elapsed().as_secs_f64(),
         peak.unwrap_or_default()
     );
-    if task == Task::CausalLm && voiced {
-        println!("\nNext:\n  peft chat {}", args.out.display());
+    if task == Task::CausalLm && sources.has_tokenizer() {
+        println!("\nNext:\n  peft chat {}", out.display());
     }
     Ok(())
 }
 
 /// Bytes of the weights in a folder, which a link may point to.
-fn weights_size(dir: &std::path::Path) -> Result<u64> {
+fn weights_size(dir: &Path) -> Result<u64> {
     let files = fs::read_dir(dir).with_context(|| dir.display().to_string())?;
     let weights = files
         .flatten()
