@@ -506,7 +506,7 @@ fn neighbour(path: &str) -> String {
     }
 }
 
-/// What the class that a model was saved from is for: `BertForSequenceClassification`.
+/// What the class that a model was saved from is for (`BertForSequenceClassification`), if models of its type can be that here.
 pub(crate) fn task_of(config: &serde_json::Value) -> Option<Task> {
     let class = config.get("architectures")?.get(0)?.as_str()?;
     let known = [
@@ -520,7 +520,11 @@ pub(crate) fn task_of(config: &serde_json::Value) -> Option<Task> {
         ("Model", Task::FeatureExtraction),
     ];
     let found = known.iter().find(|(end, _)| class.ends_with(end));
-    found.map(|(_, task)| *task)
+    let kind = config.get("model_type").and_then(|it| it.as_str());
+    let offered = tasks(kind.unwrap_or_default());
+    found
+        .map(|(_, task)| *task)
+        .filter(|it| offered.is_empty() || offered.contains(it))
 }
 
 /// What `run.json` says of the method of full fine-tuning.

@@ -51,7 +51,7 @@ pub fn tasks(model_type: &str) -> &'static [Task] {
             &[CausalLm, SeqCls, TokenCls, QuestionAns, FeatureExtraction]
         }
         "bert" | "roberta" => &[MaskedLm, SeqCls, TokenCls, QuestionAns, FeatureExtraction],
-        "t5" => &[Seq2SeqLm],
+        "t5" => &[Seq2SeqLm, FeatureExtraction],
         _ => &[],
     }
 }
@@ -187,8 +187,9 @@ pub(crate) fn network(
     let model_type = model_type(keys)?;
     match task {
         Task::CausalLm => return Ok(Built::LanguageModel(Box::new(decoder(keys, weights)?))),
-        Task::Seq2SeqLm => {
-            let mut model = T5::build(T5Config::read(keys)?, weights)?;
+        Task::Seq2SeqLm | Task::FeatureExtraction if model_type == "t5" => {
+            let writes = task == Task::Seq2SeqLm;
+            let mut model = T5::build(T5Config::read(keys)?, writes, weights)?;
             model.origin.config["architectures"] = vec![class(model_type, task)].into();
             return Ok(Built::T5(Box::new(model)));
         }

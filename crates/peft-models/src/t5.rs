@@ -33,7 +33,7 @@ use crate::{
     task::Classes,
 };
 
-/// A T5 that writes a text for a text.
+/// A T5 that writes a text for a text, or without a head one that gives the vectors of both.
 #[derive(Debug)]
 pub(crate) struct T5 {
     config: Arc<T5Config>,
@@ -41,9 +41,16 @@ pub(crate) struct T5 {
     shared: Embedding,
     encoder: Stack,
     decoder: Stack,
-    head: Linear,
-    tied: bool,
+    head: Option<Head>,
     pub(crate) origin: Origin,
+}
+
+/// The output embedding.
+#[derive(Debug)]
+struct Head {
+    layer: Linear,
+    /// It is the input embedding.
+    tied: bool,
 }
 
 #[derive(Debug)]
@@ -85,9 +92,26 @@ enum Mlp {
     },
 }
 
+impl Head {
+    /// Whatever `tie_word_embeddings` says: a head of its own is one that is there and is another.
+    fn build(shared: &Tensor, weights: &mut dyn Weights) -> Result<Head> {
+        let key = "lm_head.weight";
+        let own = match weights.has(key) {
+            true => Some(weights.tensor(key, &shared.size())?).filter(|it| !it.equal(shared)),
+            false => None,
+        };
+        let tied = own.is_none();
+        let weight = own.unwrap_or_else(|| shared.shallow_clone());
+        Ok(Head {
+            layer: Linear::new(Dense::new(weight, None)),
+            tied,
+        })
+    }
+}
+
 impl T5 {
-    /// Builds the model out of `weights`.
-    pub(crate) fn build(config: T5Config, weights: &mut dyn Weights) -> Result<T5> {
+    /// Builds the model out of `weights`, with a head if it is to write.
+    pub(crate) fn build(config: T5Config, writes: bool, weights: &mut dyn Weights) -> Result<T5> {
         let c = &config;
         let shared = shared(c, weights)?;
         if shared.kind() == Kind::Half {
@@ -98,14 +122,10 @@ impl T5 {
         }
         let encoder = Stack::build(c, "encoder", c.layers, weights)?;
         let decoder = Stack::build(c, "decoder", c.decoder_layers, weights)?;
-        // Whatever `tie_word_embeddings` says: a head of its own is one that is there and is another.
-        let key = "lm_head.weight";
-        let own = match weights.has(key) {
-            true => Some(weights.tensor(key, &shared.size())?).filter(|it| !it.equal(&shared)),
+        let head = match writes {
+            true => Some(Head::build(&shared, weights)?),
             false => None,
         };
-        let tied = own.is_none();
-        let head = own.unwrap_or_else(|| shared.shallow_clone());
         let mut json = c.json.clone();
         json["scale_decoder_outputs"] = c.scaled.into();
         Ok(T5 {
@@ -113,8 +133,7 @@ impl T5 {
             shared: Embedding::new(shared),
             encoder,
             decoder,
-            head: Linear::new(Dense::new(head, None)),
-            tied,
+            head,
             origin: Origin {
                 config: json,
                 fresh: Vec::new(),
@@ -122,6 +141,42 @@ impl T5 {
             },
             config: Arc::new(config),
         })
+    }
+
+    /// The vectors of a target, `[batch, target, hidden]`, as the decoder leaves them.
+    fn decoded(
+        &self,
+        ids: &Tensor,
+        mask: Option<&Tensor>,
+        source: &Encoded,
+        mut cache: Option<&mut Cache>,
+        ctx: Ctx,
+    ) -> Tensor {
+        let (c, stack) = (&self.config, &self.decoder);
+        // Of virtual tokens, embeddings are the encoder's, keys and values the decoder's.
+        let kind = self.shared.weight().kind();
+        let front = Front::keys(&self.prompt, (ids, mask), cache.as_deref_mut(), kind, ctx);
+        let mut x = dropout(self.shared.forward(ids, ctx), c.dropout, ctx); // [batch, target, hidden]
+        let new = front.new;
+        let bias = stack.distances(c, (new, front.past), false, ctx);
+        let seen = Mask::biased(&bias, front.past, front.mask.as_ref());
+        let cross_mask = Mask::padding(source.mask.as_ref(), new, kind);
+        for (i, block) in stack.blocks.iter().enumerate() {
+            let before = Before {
+                kv: front.kv(i),
+                cache: cache.as_deref_mut().map(|it| (it, i)),
+            };
+            let (c, mask, cross_mask) = (Arc::clone(c), seen.clone(), cross_mask.clone());
+            let inputs = [&x, &seen.scores, &source.states];
+            let ctx = kept_if_last(ctx, i, stack.blocks.len());
+            x = block.run(inputs, before, ctx, move |block, inputs, before, ctx| {
+                let [x, scores, states] = inputs;
+                let source = Some((states, &cross_mask));
+                block.forward(&c, x, &mask.with(scores), source, before, ctx)
+            });
+        }
+        front.finish(cache);
+        dropout(stack.norm.forward(&x, ctx), c.dropout, ctx)
     }
 
     /// The vectors in front of the head, `[batch, target, hidden]`.
@@ -441,43 +496,23 @@ impl Seq2Seq for T5 {
         ids: &Tensor,
         mask: Option<&Tensor>,
         source: &Encoded,
-        mut cache: Option<&mut Cache>,
+        cache: Option<&mut Cache>,
         ctx: Ctx,
     ) -> Tensor {
-        let (c, stack) = (&self.config, &self.decoder);
-        // Of virtual tokens, embeddings are the encoder's, keys and values the decoder's.
-        let kind = self.shared.weight().kind();
-        let front = Front::keys(&self.prompt, (ids, mask), cache.as_deref_mut(), kind, ctx);
-        let mut x = dropout(self.shared.forward(ids, ctx), c.dropout, ctx); // [batch, target, hidden]
-        let new = front.new;
-        let bias = stack.distances(c, (new, front.past), false, ctx);
-        let seen = Mask::biased(&bias, front.past, front.mask.as_ref());
-        let cross_mask = Mask::padding(source.mask.as_ref(), new, kind);
-        for (i, block) in stack.blocks.iter().enumerate() {
-            let before = Before {
-                kv: front.kv(i),
-                cache: cache.as_deref_mut().map(|it| (it, i)),
-            };
-            let (c, mask, cross_mask) = (Arc::clone(c), seen.clone(), cross_mask.clone());
-            let inputs = [&x, &seen.scores, &source.states];
-            let ctx = kept_if_last(ctx, i, stack.blocks.len());
-            x = block.run(inputs, before, ctx, move |block, inputs, before, ctx| {
-                let [x, scores, states] = inputs;
-                let source = Some((states, &cross_mask));
-                block.forward(&c, x, &mask.with(scores), source, before, ctx)
-            });
-        }
-        front.finish(cache);
-        let x = dropout(stack.norm.forward(&x, ctx), c.dropout, ctx);
-        if c.scaled {
-            x * (c.hidden as f64).powf(-0.5)
+        let x = self.decoded(ids, mask, source, cache, ctx);
+        if self.config.scaled {
+            x * (self.config.hidden as f64).powf(-0.5)
         } else {
             x
         }
     }
 
     fn head(&self) -> &Linear {
-        &self.head
+        &self
+            .head
+            .as_ref()
+            .expect("a model that writes has a head")
+            .layer
     }
 
     fn start(&self) -> i64 {
@@ -498,19 +533,42 @@ impl Seq2Seq for T5 {
 
 impl Network for T5 {
     fn task(&self) -> Task {
-        Task::Seq2SeqLm
+        match self.head {
+            Some(_) => Task::Seq2SeqLm,
+            None => Task::FeatureExtraction,
+        }
     }
 
     fn outputs(&self, input: &Input, ctx: Ctx) -> Result<State> {
         input.check(&self.sizes(), 0)?;
         let ids = input.decoder_ids.as_ref();
         let ids = ids.ok_or_else(|| fault("there are no decoder_ids to score".to_owned()))?;
-        let logits = self.head.forward(&self.target(input, ids, ctx), ctx);
-        Ok(State::from([("logits".to_owned(), logits)]))
+        let outputs = match &self.head {
+            Some(head) => {
+                let logits = head.layer.forward(&self.target(input, ids, ctx), ctx);
+                vec![("logits", logits)]
+            }
+            None => {
+                let source = self.encode(input, ctx);
+                let mask = input.decoder_mask.as_ref();
+                vec![
+                    (
+                        "last_hidden_state",
+                        self.decoded(ids, mask, &source, None, ctx),
+                    ),
+                    ("encoder_last_hidden_state", source.states),
+                ]
+            }
+        };
+        let named = outputs.into_iter().map(|(name, it)| (name.to_owned(), it));
+        Ok(named.collect())
     }
 
     fn loss(&self, input: &Input, labels: &Labels, ctx: Ctx) -> Result<(Tensor, i64)> {
         input.check(&self.sizes(), 0)?;
+        let Some(Head { layer: head, .. }) = &self.head else {
+            return Err(fault(format!("{} has no labels and no loss", self.task())));
+        };
         let labels = each_token(labels)?;
         let target = labels.size().get(1).copied().unwrap_or(0);
         shaped(labels, &[input.ids.size()[0], target.max(1)])?;
@@ -525,13 +583,13 @@ impl Network for T5 {
         let hidden = self.target(input, &ids, ctx);
         if ctx.rows.is_some() {
             // The head must see whole rows to know whose they are.
-            let (rows, targets) = labelled_here(&self.head.forward(&hidden, ctx), labels);
+            let (rows, targets) = labelled_here(&head.forward(&hidden, ctx), labels);
             return Ok(class_loss(&rows, &targets));
         }
         let (rows, targets) = labelled_here(&hidden, labels);
         match targets.size()[0] {
             0 => Ok((hidden.sum(Kind::Float) * 0.0, 0)),
-            count => Ok((head_loss(&self.head, &rows, &targets, ctx), count)),
+            count => Ok((head_loss(head, &rows, &targets, ctx), count)),
         }
     }
 
@@ -566,7 +624,7 @@ impl Network for T5 {
         None
     }
     fn seq2seq(&self) -> Option<&dyn Seq2Seq> {
-        Some(self)
+        self.head.is_some().then_some(self)
     }
 }
 
@@ -581,8 +639,8 @@ impl Model for T5 {
             kv_heads: c.heads,
             head_dim: c.head_dim,
             input_embedding: "shared".into(),
-            output_embedding: Some("lm_head".into()),
-            tied: self.tied,
+            output_embedding: self.head.as_ref().map(|_| "lm_head".into()),
+            tied: self.head.as_ref().is_some_and(|it| it.tied),
             encoder_decoder: true,
             ..Spec::default()
         }
@@ -593,6 +651,8 @@ impl Model for T5 {
         visit("shared", Slot::Embedding(&mut self.shared));
         self.encoder.slots("encoder", visit);
         self.decoder.slots("decoder", visit);
-        visit("lm_head", Slot::Linear(&mut self.head));
+        if let Some(head) = &mut self.head {
+            visit("lm_head", Slot::Linear(&mut head.layer));
+        }
     }
 }

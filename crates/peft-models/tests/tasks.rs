@@ -121,11 +121,12 @@ fn gap(got: &Tensor, expected: &Tensor, mask: Option<&Tensor>) -> f64 {
     if off.is_nan() { f64::INFINITY } else { off }
 }
 
-const RETURNED: [&str; 5] = [
+const RETURNED: [&str; 6] = [
     "logits",
     "start_logits",
     "end_logits",
     "last_hidden_state",
+    "encoder_last_hidden_state",
     "pooler_output",
 ];
 
@@ -156,13 +157,15 @@ fn compare(what: &str, model: &dyn Network, io: &State, batch: &str) -> usize {
         got.keys().map(String::as_str).collect::<BTreeSet<_>>(),
         wanted
     );
-    // T5's logits are at the decoder's places.
-    let mask = match model.task() {
-        Task::Seq2SeqLm => input.decoder_mask.as_ref(),
-        Task::SeqCls => None,
-        _ => input.attention_mask.as_ref(),
-    };
     for (name, tensor) in &got {
+        // What T5 returns is at the decoder's places, but for the encoder's.
+        let mask = match model.task() {
+            Task::SeqCls => None,
+            _ if input.decoder_ids.is_some() && !name.starts_with("encoder") => {
+                input.decoder_mask.as_ref()
+            }
+            _ => input.attention_mask.as_ref(),
+        };
         let off = gap(tensor, &io[&format!("{batch}.{name}")], mask);
         assert!(off < TOLERANCE, "{what} {batch}: {name} off by {off:e}");
     }
