@@ -5,7 +5,7 @@
 //! invisible.
 
 use peft_core::{
-    Adapter, BASE, Config, Ctx, Error, Injection, ModelExt, Outline, Registry,
+    Adapter, BASE, Config, Ctx, Error, Injection, Model, ModelExt, Outline, Registry,
     Result as PeftResult, Rows, Site, Slot, Tuner, parse,
 };
 use serde_json::{Value, json};
@@ -31,6 +31,7 @@ pub const LAWS: &[Law] = &[
     ("gradients arrive", gradients_arrive),
     ("gradient check", gradients_are_slopes),
     ("accumulation", window_is_big_batch),
+    ("left out", gradients_read_nothing_that_is_left_out),
     ("off", off_is_base),
     ("merge", merged_is_forward),
     ("unmerge", unmerge_is_exact),
@@ -281,6 +282,43 @@ fn window_is_big_batch(trial: &Trial) -> Verdict {
         )?;
     }
     Ok(())
+}
+
+/// Of each linear layer as the last of a block that is computed again: where the adapter says that it does not read what lies
+/// beneath, gradients are the same without it.
+fn gradients_read_nothing_that_is_left_out(trial: &Trial) -> Verdict {
+    let mut toy = trial.moved()?;
+    let params = toy.trainable(NAME).into_iter();
+    let mut params: Vec<Tensor> = params.map(|it| it.tensor).collect();
+    let mut verdict = Ok(());
+    toy.slots(&mut |at, slot| {
+        let Slot::Linear(layer) = slot else { return };
+        let (out, inp) = layer.base().shape();
+        tch::manual_seed(13);
+        let random = |n: i64| Tensor::randn([2, 3, n], (Kind::Float, layer.base().device()));
+        let (x, g) = (random(inp), random(out));
+        let mut gradients = |again: bool| -> Vec<Tensor> {
+            tch::manual_seed(17);
+            params.iter_mut().for_each(Tensor::zero_grad);
+            let x = x.copy().set_requires_grad(true);
+            let ctx = Ctx {
+                again,
+                ..Ctx::TRAIN
+            };
+            let y = layer.forward_last(&x, ctx);
+            (y * &g).sum(Kind::Float).backward();
+            let grads = params.iter().chain([&x]).map(Tensor::grad);
+            grads.filter(Tensor::defined).map(|it| it.copy()).collect()
+        };
+        let (once, again) = (gradients(false), gradients(true));
+        for (once, again) in once.iter().zip(&again) {
+            let what = format!("a gradient of `{at}`, at the end of a block computed again,");
+            if verdict.is_ok() {
+                verdict = bits(again, once, &what);
+            }
+        }
+    });
+    verdict
 }
 
 fn off_is_base(trial: &Trial) -> Verdict {

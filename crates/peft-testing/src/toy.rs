@@ -89,14 +89,14 @@ impl Toy {
             looks: [(); 2].map(|()| Look::new(&random)),
             embed: Embedding::new(table),
             norms,
-            q: Linear::new(q),
-            k: Linear::new(k),
-            v: Linear::new(v),
+            q: Linear::new(Plainly(q)),
+            k: Linear::new(Plainly(k)),
+            v: Linear::new(Plainly(v)),
             o: match kit.lossy {
                 true => Linear::new(Steps::of(o.weight(), None)),
-                false => Linear::new(o),
+                false => Linear::new(Plainly(o)),
             },
-            head: Linear::new(head),
+            head: Linear::new(Plainly(head)),
             tied: kit.tied,
         }
     }
@@ -254,6 +254,45 @@ impl Look {
     }
 }
 
+/// A dense base, which gives what is no number where nobody is to read it.
+#[derive(Debug)]
+struct Plainly(Dense);
+
+/// The graph of `y` with no number in it.
+fn unreadable(y: &Tensor) -> Tensor {
+    y + f64::NAN
+}
+
+impl LinearOp for Plainly {
+    fn forward(&self, x: &Tensor) -> Tensor {
+        self.0.forward(x)
+    }
+    fn unread(&self, x: &Tensor) -> Tensor {
+        unreadable(&self.forward(x))
+    }
+    fn weight(&self) -> Tensor {
+        self.0.weight()
+    }
+    fn bias(&self) -> Option<&Tensor> {
+        self.0.bias()
+    }
+    fn shape(&self) -> (i64, i64) {
+        self.0.shape()
+    }
+    fn device(&self) -> Device {
+        self.0.device()
+    }
+    fn transposed(&self) -> bool {
+        self.0.transposed()
+    }
+    fn is_dense(&self) -> bool {
+        true
+    }
+    fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>> {
+        self.0.encode(plain)
+    }
+}
+
 /// A base that rounds: weights in steps of 1/64.
 #[derive(Debug)]
 struct Steps(Dense);
@@ -271,6 +310,9 @@ impl Steps {
 impl LinearOp for Steps {
     fn forward(&self, x: &Tensor) -> Tensor {
         self.0.forward(x)
+    }
+    fn unread(&self, x: &Tensor) -> Tensor {
+        unreadable(&self.forward(x))
     }
     fn weight(&self) -> Tensor {
         self.0.weight().copy() // as a decoded weight: nobody else's memory

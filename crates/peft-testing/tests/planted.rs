@@ -118,7 +118,14 @@ impl LinearAdapter for LowRank {
             "a gradient is not scaled" => with_gradient(&(&self.b * s), &self.b, 1.0),
             _ => &self.b * s,
         };
+        if has("the numbers beneath are read and it says no") {
+            return &y + (&y * &y * s).tanh() * self.b.select(1, 0);
+        }
         y + x.matmul(&a.tr()).matmul(&b.tr())
+    }
+
+    fn reads_beneath(&self) -> bool {
+        false
     }
 
     fn merge(&self, plain: Plain, _: &dyn LinearOp) -> Option<Plain> {
@@ -173,6 +180,7 @@ fn every_mistake_is_caught() {
         ("a factor is cut off", "gradients arrive"),
         ("a gradient is not scaled", "gradient check"),
         ("the gradient is a mean over the batch", "accumulation"),
+        ("the numbers beneath are read and it says no", "left out"),
         ("a tensor is not saved", "save"),
         ("a tensor is saved in bf16", "save"),
         ("a key is lost", "config survives"),
