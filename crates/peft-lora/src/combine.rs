@@ -28,6 +28,7 @@
 //! | a single adapter is `linear`, whatever is asked for | what is asked for | as Python |
 //! | up to 0.20, the `svd` family multiplies with sᵢ twice | once | once; twice under [`Rules::Peft020`] |
 //! | signs of singular vectors (for `svd_clamp`) as LAPACK gives them | the largest entry of each column of U is positive | as Python |
+//! | where the quantile of `svd_clamp` is negative, every entry becomes it | 0 | as Python |
 //! | a block that the first adapter's `layers_to_transform` leaves out is lost | kept | kept |
 //! | a trained whole module becomes the base's again | taken over, or refused | the same |
 //! | DoRA, `lora_bias`, trained biases and tokens: wrong or lost | refused by name | the same |
@@ -766,24 +767,29 @@ fn directed(svd: Svd, how: &Combination) -> Svd {
     }
 }
 
-/// A = Vᵣᵀ and B = Uᵣ Sᵣ, clamped if asked for.
+/// A = Vᵣᵀ and B = Uᵣ Sᵣ, clamped if asked for; what fills them up to rank r is nothing that a quantile counts.
 fn decomposed(svd: &Svd, r: i64, how: &Combination) -> (Tensor, Tensor) {
-    let (a, b) = svd.factors(r);
-    match how.svd_clamp {
+    let (a, b) = svd.largest(r);
+    let (a, b) = match how.svd_clamp {
         None => (a, b),
         Some(q) => {
             let bound = quantile(&Tensor::cat(&[a.flatten(0, -1), b.flatten(0, -1)], 0), q);
+            let bound = match how.rules {
+                Rules::Exact => bound.max(0.0),
+                Rules::Peft | Rules::Peft020 => bound,
+            };
             (a.clamp(-bound, bound), b.clamp(-bound, bound))
         }
-    }
+    };
+    padded(&a, &b, r)
 }
 
-/// The q-quantile, between two numbers in proportion; at least 0, so that it can bound.
+/// The q-quantile, between two numbers in proportion.
 fn quantile(numbers: &Tensor, q: f64) -> f64 {
     let (sorted, _) = numbers.sort(0, false);
     let at = q * (sorted.numel() - 1) as f64;
     let [low, high] = [at.floor(), at.ceil()].map(|i| sorted.double_value(&[i as i64]));
-    (low + (high - low) * (at - at.floor())).max(0.0)
+    low + (high - low) * (at - at.floor())
 }
 
 /// A and B merged each for itself.

@@ -55,10 +55,16 @@ impl Svd {
 
     /// A `[r, n]` and B `[m, r]` of the r largest directions; zeros where there are fewer.
     pub(crate) fn factors(&self, r: i64) -> (Tensor, Tensor) {
+        let (a, b) = self.largest(r);
+        padded(&a, &b, r)
+    }
+
+    /// A `[k, n]` and B `[m, k]` of the largest directions, r of them or all that there are.
+    pub(crate) fn largest(&self, r: i64) -> (Tensor, Tensor) {
         let there = r.min(self.s.size()[0]);
         let a = self.vt.narrow(0, 0, there);
         let b = self.u.narrow(1, 0, there) * self.s.narrow(0, 0, there);
-        padded(&a, &b, r)
+        (a, b)
     }
 
     /// The smallest rank whose share of Σ S² is at least `share`; 1 for a matrix of zeros.

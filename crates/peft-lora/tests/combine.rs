@@ -310,6 +310,28 @@ fn a_clamp_bounds_both_factors() {
     assert!(!untouched, "nothing is cut off at {bound}");
 }
 
+/// What a rank above that of a place is filled up with does not count.
+#[test]
+fn a_clamp_bounds_the_same_at_any_rank() {
+    let (first, second) = (adapter(1, json!({})), adapter(2, json!({})));
+    let clamped = |rank: i64| {
+        let how = Combination {
+            svd_clamp: Some(0.9),
+            svd_rank: Some(rank),
+            ..of(CombinationType::Svd)
+        };
+        combine(&[(&first, 1.0), (&second, 1.0)], &how).unwrap()
+    };
+    let (enough, more) = (clamped(12), clamped(17));
+    for at in ["blocks.0.q_proj", "blocks.1.v_proj"] {
+        let product = |it: &Adapter| {
+            let half = |half: &str| &it.state[&format!("base_model.model.{at}.lora_{half}.weight")];
+            half("B").matmul(half("A"))
+        };
+        close(&product(&more), &product(&enough), 1e-6, at);
+    }
+}
+
 #[test]
 fn targets_are_put_together() {
     let q = adapter(1, json!({"target_modules": ["q_proj"]}));
