@@ -186,8 +186,13 @@ impl Quantization {
             Bits::Fp4 => four(Type::Fp4)?,
             Bits::Int8 => Scheme::INT8,
         };
+        // That of T5 is dense in `transformers` whatever is asked for; others have none.
+        let mut skip = self.skip.clone();
+        if !skip.iter().any(|it| it == "wo") {
+            skip.push("wo".into());
+        }
         Ok(Format {
-            skip: self.skip.clone(),
+            skip,
             ..Format::of(scheme)
         })
     }
@@ -316,6 +321,18 @@ pub(crate) fn say_what_decodes(device: Device, model: &mut dyn Model) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// `transformers` builds it dense whatever the configuration says.
+    #[test]
+    fn wo_stays_dense_whatever_is_skipped() {
+        let wish = Quantization {
+            skip: vec!["q".into()],
+            ..Quantization::default()
+        };
+        let format = wish.format().unwrap();
+        assert!(format.keeps_dense("encoder.block.0.layer.1.DenseReluDense.wo"));
+        assert!(!format.keeps_dense("encoder.block.0.layer.1.DenseReluDense.wi"));
+    }
     use serde_json::from_value;
 
     #[test]

@@ -17,7 +17,7 @@ use crate::{
     HeadOptions, OpenOptions, Source, Task, assemble,
     checkpoint::{INDEX, SINGLE},
     open::{keys, weights},
-    save,
+    save::{self, DenseLayer},
 };
 
 /// What a folder was before and after.
@@ -55,6 +55,7 @@ pub fn convert(
             shards: Vec::new(),
             config: None,
             dense: Vec::new(),
+            quantised: BTreeSet::new(),
             total: 0,
             done: Converted { layers: 0, left: 0 },
         };
@@ -62,7 +63,19 @@ pub fn convert(
         let spec = built.network().spec();
         sink.flush()?;
         let (config, done) = (sink.config.take(), sink.done);
-        let dense = std::mem::take(&mut sink.dense);
+        let (mut dense, quantised) = (
+            std::mem::take(&mut sink.dense),
+            std::mem::take(&mut sink.quantised),
+        );
+        // That of an encoder is read as a table.
+        let head = spec.output_embedding.iter();
+        dense.extend(
+            head.filter(|it| !quantised.contains(*it))
+                .map(|it| DenseLayer {
+                    at: it.clone(),
+                    biased: false,
+                }),
+        );
         sink.finish()?;
         weights.finish(assemble::aside(task))?;
         for path in besides {
@@ -94,7 +107,9 @@ struct Sink<'a> {
     shards: Vec<Vec<String>>,
     config: Option<Value>,
     /// Linear layers that were left as they are.
-    dense: Vec<String>,
+    dense: Vec<DenseLayer>,
+    /// Those that are in few bits.
+    quantised: BTreeSet<String>,
     /// Bytes that were put.
     total: u64,
     done: Converted,
@@ -158,12 +173,16 @@ impl Sink<'_> {
         match base.stored() {
             Some(stored) => {
                 self.done.layers += 1;
+                self.quantised.insert(at.to_owned());
                 self.put(stored.named(at, bias.as_ref()))?;
                 self.config.get_or_insert(stored.config);
             }
             None => {
                 self.done.left += 1;
-                self.dense.push(at.to_owned());
+                self.dense.push(DenseLayer {
+                    at: at.to_owned(),
+                    biased: bias.is_some(),
+                });
                 let weight = base.weight();
                 let weight = if transposed { weight.tr() } else { weight };
                 self.put(vec![(format!("{at}.weight"), weight)])?;

@@ -5,7 +5,7 @@
 //! tensors go to the disk one at a time.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs,
     io::{BufWriter, Write},
     path::{Path, PathBuf},
@@ -137,27 +137,36 @@ pub(crate) fn dtype_name(kind: Kind) -> &'static str {
 /// The key of `quantization_config` for the layers that are dense.
 const SKIPPED: &str = "llm_int8_skip_modules";
 
+/// A linear layer that is dense.
+#[derive(Debug)]
+pub(crate) struct DenseLayer {
+    pub(crate) at: String,
+    pub(crate) biased: bool,
+}
+
 /// Says in `config.json` in which bits layers are kept, or that none is; `dense`: the linear layers that are not.
 ///
-/// Python makes every layer one of few bits that this does not name, but for the head, if nothing is named at all.
+/// Python makes every layer one of few bits that this does not name. If nothing is named at all it leaves the output
+/// embedding alone and the model's last parameter, by whose name it means a head: only one without a bias is found so.
 pub(crate) fn describe(
     config: &mut Map<String, Value>,
     quantised: Option<Value>,
-    dense: &[String],
+    dense: &[DenseLayer],
     spec: &Spec,
 ) {
     let key = "quantization_config";
     // What is known of the folder that it came from goes on, such as what was left dense.
     let old = config.remove(key);
     if let Some(mut new) = quantised {
-        let is_head = |at: &str| {
-            let place = |head: &Option<String>| head.as_deref() == Some(at);
-            place(&spec.output_embedding) || place(&spec.task_head)
+        let found = |it: &DenseLayer| {
+            let place = |head: &Option<String>| head.as_deref() == Some(&it.at);
+            place(&spec.output_embedding) || place(&spec.task_head) && !it.biased
         };
-        if !dense.iter().all(|at| is_head(at)) {
+        if !dense.iter().all(found) {
+            let mut names: BTreeSet<&String> = dense.iter().map(|it| &it.at).collect();
             // Of a head that is the input embedding, too: to Python it is one of the layers.
-            let tied = spec.output_embedding.iter().filter(|_| spec.tied);
-            new[SKIPPED] = dense.iter().chain(tied).cloned().collect();
+            names.extend(spec.output_embedding.iter().filter(|_| spec.tied));
+            new[SKIPPED] = names.into_iter().cloned().collect();
         }
         let old = old.as_ref().and_then(Value::as_object);
         let same = old.filter(|it| it.get("load_in_4bit") == new.get("load_in_4bit"));
@@ -177,7 +186,7 @@ struct State {
     /// In which bits layers are kept, if some are not dense.
     quantised: Option<Value>,
     /// The linear layers that are.
-    dense: Vec<String>,
+    dense: Vec<DenseLayer>,
     /// All linear layers, and how many numbers they give.
     linear: Vec<(String, i64)>,
 }
@@ -200,7 +209,10 @@ fn state(model: &mut dyn Network) -> State {
                 quantised = Some(stored.config);
                 return;
             }
-            dense.push(at.to_owned());
+            dense.push(DenseLayer {
+                at: at.to_owned(),
+                biased: it.base().bias().is_some(),
+            });
             let weight = it.base().weight();
             let head = spec.output_embedding.as_deref() == Some(at);
             let bias = it.base().bias().map(Tensor::shallow_clone);

@@ -244,6 +244,67 @@ fn a_folder_is_made_dense_again() {
     }
 }
 
+/// What Python has to be told: it leaves alone what is named, or, where nothing is, the output embedding and a head without a bias.
+#[test]
+fn layers_that_stay_dense_are_named_where_python_would_not_find_them() {
+    let value = ["value"].as_slice();
+    for (name, task, skip, expected) in [
+        ("bert-classes", Task::SeqCls, None, &["classifier"][..]),
+        ("bert-tokens", Task::TokenCls, None, &["classifier"]),
+        ("bert-answers", Task::QuestionAns, None, &["qa_outputs"]),
+        ("gpt2-tokens", Task::TokenCls, None, &["classifier"]),
+        ("gpt2-answers", Task::QuestionAns, None, &["qa_outputs"]),
+        ("llama-tokens", Task::TokenCls, None, &["score"]),
+        ("llama-classes", Task::SeqCls, None, &[]),
+        ("gpt2-classes", Task::SeqCls, None, &[]),
+        ("bert", Task::FeatureExtraction, None, &[]),
+        ("bert-masked", Task::MaskedLm, None, &[]),
+        ("bert-masked-untied", Task::MaskedLm, None, &[]),
+        (
+            "bert-masked-untied",
+            Task::MaskedLm,
+            Some(value),
+            &[
+                "bert.encoder.layer.0.attention.self.value",
+                "cls.predictions.decoder",
+            ],
+        ),
+        (
+            "roberta-masked",
+            Task::MaskedLm,
+            None,
+            &["lm_head.decoder", "lm_head.dense"],
+        ),
+    ] {
+        let mut format = Format::of(Scheme::NF4);
+        if let Some(names) = skip {
+            format.skip = names.iter().map(|&it| it.to_owned()).collect();
+        }
+        let out = tempfile::tempdir().unwrap();
+        let out = out.path().join("four");
+        let source = Source::Folder(root().join("tasks").join(name));
+        convert(
+            &source,
+            task,
+            OpenOptions::default(),
+            &format,
+            &out,
+            &[],
+            None,
+        )
+        .unwrap();
+        let config = files::read_json(&out.join("config.json")).unwrap();
+        let named = &config["quantization_config"]["llm_int8_skip_modules"];
+        let found: Vec<&str> = named
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .collect();
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
 /// Python's CPU wrote the folders, so its behaviour encodes here.
 #[test]
 fn our_encoder_writes_pythons_folders() {
