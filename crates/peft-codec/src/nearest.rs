@@ -7,8 +7,9 @@ use crate::map::Map;
 /// The search among the magnitudes of a map as one lookup and one comparison.
 ///
 /// A number's bits from its sign down to some of the mantissa choose an entry; these intervals are so short that each holds at
-/// most one of the thresholds between values. An entry is the count of thresholds below its interval, above 24 bits that hold
-/// the rest of the bits of the threshold inside, which a number's own rest is compared with.
+/// most one of the thresholds between values. The sum of the entry and the bits has the answer in its highest byte: the count of
+/// thresholds below the interval, and one more where what is below that byte overflows, since the bits are above the threshold
+/// inside.
 pub(crate) struct Nearest {
     pub(crate) entries: Vec<u32>,
     /// Bits of the mantissa that are compared.
@@ -17,9 +18,6 @@ pub(crate) struct Nearest {
 
 /// Magnitudes below this are the value zero in both maps.
 pub(crate) const LEAST: u32 = 0x3400_0000; // 2^-23
-
-/// No rest is above it.
-pub(crate) const NONE: u32 = 0xff_ffff;
 
 pub(crate) static SIGNED: LazyLock<Nearest> =
     LazyLock::new(|| Nearest::of(&Map::signed().values()[127..], 1));
@@ -50,8 +48,11 @@ impl Nearest {
         for place in LEAST >> rest..=one >> rest {
             let below = thresholds.iter().filter(|t| **t >> rest < place).count();
             let inside = thresholds.iter().find(|t| **t >> rest == place);
-            let inside = inside.map_or(NONE, |t| t & ((1 << rest) - 1));
-            entries.push((below as u32) << 24 | inside);
+            let begin = place << rest;
+            // The first number that is above, or one that no number of the interval is.
+            let above = inside.map_or(1 << 24, |t| t - begin + 1);
+            let entry = ((below as u32) << 24) + ((1 << 24) - above);
+            entries.push(entry.wrapping_sub(begin));
         }
         Nearest { entries, rest }
     }
@@ -61,7 +62,7 @@ impl Nearest {
     fn rank(&self, bits: u32) -> u32 {
         let bits = bits.clamp(LEAST, 1f32.to_bits());
         let entry = self.entries[((bits - LEAST) >> self.rest) as usize];
-        (entry >> 24) + u32::from(bits & ((1 << self.rest) - 1) > (entry & NONE))
+        entry.wrapping_add(bits) >> 24
     }
 }
 

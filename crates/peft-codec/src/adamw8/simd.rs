@@ -4,10 +4,10 @@ use std::arch::x86_64::*;
 
 use super::{Block, STATE_BLOCK, Step};
 use crate::{
-    element::Element,
+    element::{Element, private::Format},
     four::Level,
     map::Map,
-    nearest::{LEAST, NONE, Nearest},
+    nearest::{LEAST, Nearest},
     simd::{ahead, load_512, store_512},
 };
 
@@ -68,22 +68,25 @@ unsafe fn step_512<P: Element, G: Element>(
             let g = load_512(grads.as_ptr().add(16 * i));
             let finite = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(g), infinity);
             let g = _mm512_mul_ps(g, grad_scale);
-            let v = _mm512_fmadd_ps(v, beta2, _mm512_mul_ps(_mm512_mul_ps(rest2, g), g));
-            let m = _mm512_fmadd_ps(m, beta1, _mm512_mul_ps(rest1, g));
+            let square = _mm512_mul_ps(_mm512_mul_ps(rest2, g), g);
+            let v = _mm512_maskz_fmadd_ps(finite, v, beta2, square);
+            let m = _mm512_maskz_fmadd_ps(finite, m, beta1, _mm512_mul_ps(rest1, g));
             let p = load_512(params.as_ptr().add(16 * i));
             let quotient = _mm512_div_ps(m, _mm512_add_ps(_mm512_sqrt_ps(v), eps));
             let to = params.as_mut_ptr().add(16 * i);
-            let moved = _mm512_fmadd_ps(size, quotient, p);
-            store_512(to, _mm512_mask_mov_ps(p, finite, moved));
+            let mut moved = _mm512_mask3_fmadd_ps(size, quotient, p, finite);
             if let Some(decay) = step.decay {
-                let moved = load_512(to); // rounded
-                let kept = _mm512_mask_mul_ps(moved, finite, moved, _mm512_set1_ps(decay));
-                store_512(to, kept);
+                if P::FORMAT != Format::Single {
+                    store_512(to, moved);
+                    moved = load_512(to); // rounded
+                }
+                moved = _mm512_mask_mul_ps(moved, finite, moved, _mm512_set1_ps(decay));
             }
-            s1[i] = _mm512_maskz_mov_ps(finite, m);
-            s2[i] = _mm512_maskz_mov_ps(finite, v);
-            most1 = _mm512_max_ps(_mm512_abs_ps(s1[i]), most1); // of a number and of what is none it takes the number
-            most2 = _mm512_max_ps(_mm512_abs_ps(s2[i]), most2);
+            store_512(to, moved);
+            (s1[i], s2[i]) = (m, v);
+            // The greater magnitude; of a number and of what is none, the number.
+            most1 = _mm512_range_ps::<0b1011>(most1, m);
+            most2 = _mm512_range_ps::<0b1011>(most2, v);
         }
     }
     *block.absmax1 = _mm512_reduce_max_ps(most1);
@@ -138,14 +141,14 @@ unsafe fn rank<const REST: u32>(nearest: &Nearest, bits: __m512i) -> __m512i {
         _mm512_set1_epi32(1f32.to_bits() as i32),
     );
     let bits = _mm512_min_epu32(_mm512_max_epu32(bits, least), one);
-    let at = _mm512_srli_epi32::<REST>(_mm512_sub_epi32(bits, least));
     assert!(nearest.rest == REST);
     assert!(nearest.entries.len() > ((1f32.to_bits() - LEAST) >> REST) as usize);
-    // SAFETY: the bits are at most those of one.
-    let entries = unsafe { _mm512_i32gather_epi32::<4>(at, nearest.entries.as_ptr().cast()) };
-    let rest = _mm512_and_si512(bits, _mm512_set1_epi32((1 << REST) - 1));
-    let inside = _mm512_and_si512(entries, _mm512_set1_epi32(NONE as i32));
-    let above = _mm512_cmpgt_epi32_mask(rest, inside);
-    let below = _mm512_srli_epi32::<24>(entries);
-    _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1))
+    let entries = nearest
+        .entries
+        .as_ptr()
+        .wrapping_sub((LEAST >> REST) as usize);
+    let at = _mm512_srli_epi32::<REST>(bits);
+    // SAFETY: the bits are at least the least and at most those of one.
+    let entries = unsafe { _mm512_i32gather_epi32::<4>(at, entries.cast()) };
+    _mm512_srli_epi32::<24>(_mm512_add_epi32(entries, bits))
 }
