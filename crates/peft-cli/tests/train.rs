@@ -543,6 +543,8 @@ fn a_run_on_four_bits_remembers_its_base() {
     good(dir, &["eval", "dense", "--data", data]);
     let (code, said) = bad(dir, &["dequantize", "dense", "--out", "no"]);
     assert!(code == 2 && said.contains("`dense` is dense"), "{said}");
+    let (code, said) = bad(dir, &["dequantize", "no-such", "--out", "no"]);
+    assert!(code == 1 && said.contains("no-such"), "{said}");
     let twice = [&on[..], &steps, &["--quantization", "fp4", "--out", "no"]].concat();
     let (code, said) = bad(dir, &twice);
     assert!(code == 2 && said.contains("in few bits already"), "{said}");

@@ -6,7 +6,10 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use console::style;
-use peft::{models::OpenOptions, quant::Decoded};
+use peft::{
+    models::{OpenOptions, Source},
+    quant::Decoded,
+};
 use tch::Device;
 
 use crate::{
@@ -48,6 +51,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
         adapter: Vec::new(),
     }
     .find()?;
+    if let Source::Gguf(_) = sources.base {
+        return Err(usage(format!(
+            "`{}` is a GGUF file; `peft import` makes a dense folder of it",
+            args.model
+        )));
+    }
     let Some(stored) = Quantization::stored(&sources.base.config()?) else {
         return Err(usage(format!(
             "`{}` is dense: its config.json has no `quantization_config`",
