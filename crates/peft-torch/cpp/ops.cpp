@@ -9,6 +9,7 @@
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/util/ThreadLocalDebugInfo.h>
+#include <algorithm>
 #include <atomic>
 
 namespace {
@@ -120,10 +121,12 @@ int peft_cuda_reset_peak(int device, char** err) {
   return guarded(err, [&] { at::getDeviceAllocator(at::kCUDA)->resetPeakStats(device); });
 }
 
-// body(state, i) for each i below n, on libtorch's threads.
+// body(state, i) for each i below n, on libtorch's threads. A thread that is done takes what is next: of two cores that others
+// use as well, one may be half as fast.
 void peft_parallel_for(int64_t n, void (*body)(void*, int64_t), void* state) {
-  at::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) body(state, i);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) body(state, i);
   });
 }
 

@@ -44,7 +44,7 @@ pub struct Progress {
     /// Held-out loss of the last evaluation.
     pub last_eval: Option<f64>,
     /// What the held-out rows were judged by at the last evaluation besides the loss.
-    #[serde(default)]
+    #[serde(default, with = "crate::number::named")]
     pub figures: std::collections::BTreeMap<String, f64>,
     /// Loss of the last step.
     pub last_loss: Option<f64>,

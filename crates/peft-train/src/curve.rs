@@ -102,6 +102,7 @@ impl Curves {
                 Record::Eval(it) => held_out.push((it.step as f64, it.eval_loss)),
             }
         }
+        held_out.retain(|it| it.1.is_finite());
         let (mut sum, mut left) = (0.0, 1.0);
         let mean = |(step, loss): &(f64, f64)| {
             sum = SMOOTH * sum + (1.0 - SMOOTH) * loss;

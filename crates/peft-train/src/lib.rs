@@ -38,6 +38,7 @@ mod eight_bits;
 mod error;
 mod ffi;
 mod log;
+mod number;
 mod objective;
 mod optimizer;
 mod run;

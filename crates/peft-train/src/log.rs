@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    number::{self, named},
+};
 
 /// A line of the log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -51,11 +54,13 @@ pub struct EvalRecord {
     /// How often all rows were seen.
     pub epoch: f64,
     /// Mean loss of the labelled tokens.
+    #[serde(with = "number")]
     pub eval_loss: f64,
     /// e to the power of the loss.
+    #[serde(with = "number")]
     pub perplexity: f64,
     /// What the task is judged by besides, by name: `accuracy`, `f1`.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", with = "named")]
     pub figures: BTreeMap<String, f64>,
     /// The lowest loss so far.
     pub best: bool,

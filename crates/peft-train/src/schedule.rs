@@ -319,7 +319,7 @@ impl Plateau {
     }
 
     fn observe(&mut self, loss: f64) {
-        let better = self.best.is_none_or(|best| {
+        let below = self.best.is_none_or(|best| {
             let bound = if self.relative {
                 best * (1.0 - self.threshold)
             } else {
@@ -327,7 +327,7 @@ impl Plateau {
             };
             loss < bound
         });
-        if better {
+        if below && loss.is_finite() {
             self.best = Some(loss);
             self.bad = 0;
         } else {

@@ -150,7 +150,11 @@ pub struct Summary {
     /// The lowest held-out loss.
     pub best: Option<Best>,
     /// What the held-out rows were judged by at the end besides the loss.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        default,
+        skip_serializing_if = "BTreeMap::is_empty",
+        with = "crate::number::named"
+    )]
     pub figures: BTreeMap<String, f64>,
     /// Tokens seen, without padding.
     pub tokens: u64,
@@ -194,6 +198,7 @@ pub fn train(
     };
     schedule.restore(now.plateau.clone());
     let mut log = Log::open(&run.log(), now.log_bytes)?;
+    read_log(&run.log())?; // a damaged one is to be said before the work
     let before = Duration::from_secs_f64(now.seconds);
     let started = Instant::now();
     let mut lap = started;
@@ -475,9 +480,14 @@ fn judge(
         eval_loss: result.loss(),
         perplexity: result.perplexity(),
         figures,
-        best: now.step > 0 && now.best.is_none_or(|best| result.loss() < best.eval_loss),
+        best: now.step > 0 && better(result.loss(), now.best, 0.0),
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Whether a loss is below the best so far by more than that; one that is no number never is.
+fn better(loss: f64, best: Option<Best>, by: f64) -> bool {
+    loss.is_finite() && best.is_none_or(|best| loss < best.eval_loss - by)
 }
 
 fn write(log: &mut Log, record: Record, observer: &mut dyn Observer) -> Result<()> {
@@ -573,9 +583,7 @@ impl Progress {
     /// by `early_stopping_threshold`.
     fn improve(&mut self, record: &EvalRecord) -> bool {
         let threshold = self.settings.early_stopping_threshold;
-        let clearly = self
-            .best
-            .is_none_or(|best| record.eval_loss < best.eval_loss - threshold);
+        let clearly = better(record.eval_loss, self.best, threshold);
         self.not_better = if clearly { 0 } else { self.not_better + 1 };
         if record.best {
             let (step, eval_loss) = (record.step, record.eval_loss);

@@ -524,6 +524,88 @@ fn the_best_is_kept_and_patience_ends() {
     assert_eq!(bits(&four, four.best()), bits(&two, two.adapter()));
 }
 
+/// Numbers that are none in JSON, and a loss that is none at all: they neither end a run nor are they ever the best.
+#[test]
+fn a_held_out_loss_may_be_beyond_numbers() {
+    let world = World::new();
+    let settings = Settings {
+        eval_steps: Some(1),
+        max_steps: 4,
+        early_stopping_patience: Some(3),
+        per_device_eval_batch_size: 100,
+        save_steps: 2,
+        ..settings()
+    };
+    let script = vec![800.0, f64::NAN, f64::INFINITY, 5000.0, 700.0];
+    let model = |from: usize| Bigram {
+        script: script[from..].to_vec(),
+        ..Bigram::new()
+    };
+    let summary = world.train("run", &settings, &mut model(0)).unwrap();
+    let best = |summary: &Summary| summary.best.map(|it| (it.step, it.eval_loss));
+    assert_eq!(best(&summary), Some((4, 700.0)));
+    let run = world.run_at("run");
+    let evaluations: Vec<_> = log(&run)
+        .into_iter()
+        .filter_map(|it| match it {
+            Record::Eval(it) => Some(it),
+            Record::Step(_) => None,
+        })
+        .collect();
+    let losses: Vec<f64> = evaluations.iter().map(|it| it.eval_loss).collect();
+    assert_eq!((losses[0], losses[3], losses[4]), (800.0, 5000.0, 700.0));
+    assert!(losses[1].is_nan() && losses[2].is_nan());
+    assert!(evaluations[0].perplexity.is_nan() && evaluations[4].perplexity > 1e300);
+    let marked: Vec<bool> = evaluations.iter().map(|it| it.best).collect();
+    assert_eq!(marked, [false, false, false, true, true]);
+    assert!(run.curve("png").is_file() && run.curve("svg").is_file());
+
+    // A run that stops where there is no loss goes on.
+    let broken = world.run("broken");
+    let data = world.data();
+    let mut watch = StopAfter(2, 0);
+    train(&mut model(0), &settings, &data, &broken, None, &mut watch).unwrap();
+    let from = Checkpoint::load(&broken.checkpoint()).unwrap();
+    let summary = train(
+        &mut model(3),
+        &settings,
+        &world.data(),
+        &broken,
+        Some(from),
+        &mut (),
+    )
+    .unwrap();
+    assert_eq!(best(&summary), Some((4, 700.0)));
+
+    // A log that was damaged is named before anything is computed.
+    let damaged = world.run("damaged");
+    let mut watch = StopAfter(2, 0);
+    train(
+        &mut model(0),
+        &settings,
+        &world.data(),
+        &damaged,
+        None,
+        &mut watch,
+    )
+    .unwrap();
+    let text = fs::read_to_string(damaged.log()).unwrap();
+    fs::write(damaged.log(), text.replacen("\"step\"", "\"stop\"", 1)).unwrap();
+    let from = Checkpoint::load(&damaged.checkpoint()).unwrap();
+    let mut untouched = model(3);
+    let error = train(
+        &mut untouched,
+        &settings,
+        &world.data(),
+        &damaged,
+        Some(from),
+        &mut (),
+    )
+    .unwrap_err();
+    assert!(error.to_string().contains("line 1"), "{error}");
+    assert_eq!(untouched.script.len(), 2, "nothing was evaluated");
+}
+
 #[test]
 fn evaluation_weighs_tokens_not_batches() {
     let world = World::new();

@@ -720,7 +720,11 @@ impl Comparison {
     fn panels(&self, figures: &[String]) -> Vec<(String, Vec<Curve>)> {
         let curve = |name: &str, points: &[(usize, f64)]| Curve {
             name: name.to_owned(),
-            points: points.iter().map(|it| (it.0 as f64, it.1)).collect(),
+            points: points
+                .iter()
+                .filter(|it| it.1.is_finite())
+                .map(|it| (it.0 as f64, it.1))
+                .collect(),
         };
         let all = self.outcomes.iter();
         let losses = all.map(|it| curve(&it.name, &it.losses)).collect();
