@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use peft::{
-    core::{Adapter, Model, files, nearest, tensors::Mapped},
+    core::{Adapter, Model, ModelExt, Param, files, nearest, tensors::Mapped},
     data::Tokenizer,
     models::{
         Decoder, HeadOptions, Network, OpenOptions, Problem, Source, Task, open_source_in,
@@ -525,6 +525,27 @@ pub(crate) fn task_of(config: &serde_json::Value) -> Option<Task> {
     found
         .map(|(_, task)| *task)
         .filter(|it| offered.is_empty() || offered.contains(it))
+}
+
+/// Modules of a head that the checkpoint lacks, and that no adapter of these names has whole.
+pub(crate) fn left_at_random(model: &mut dyn Network, adapters: &[&str]) -> Vec<String> {
+    // Whole modules alone: an update of low rank does not make up for a random weight that no file has.
+    let all: Vec<Param> = adapters.iter().flat_map(|it| model.params(it)).collect();
+    let whole = all.into_iter().filter(|it| it.name == "weight");
+    let whole: Vec<String> = whole.map(|it| it.at).collect();
+    let outline = model.outline();
+    let fresh = model.fresh().iter().map(|it| it.as_str());
+    let mut places: Vec<String> = fresh
+        .map(|name| match outline.sites.iter().any(|it| it.at == name) {
+            true => name,
+            false => name.rsplit_once('.').map_or(name, |it| it.0),
+        })
+        .filter(|at| outline.sites.iter().any(|it| it.at == *at))
+        .map(str::to_owned)
+        .collect();
+    places.dedup();
+    places.retain(|at| !whole.contains(at));
+    places
 }
 
 /// What `run.json` says of the method of full fine-tuning.

@@ -178,6 +178,8 @@ fn wrong_inputs_are_refused_by_name() {
     .unwrap();
     peft(args("gpt2", &[])).fails(1, &["position_ids", "0 to 31"]);
     peft(args("llama", &["--backward"])).fails(2, &["--adapter"]);
+    let made_up = peft(args("llama", &["--task", "TOKEN_CLS"]));
+    assert!(made_up.err.contains("no `score`"), "{}", made_up.err);
     peft(args(
         "llama",
         &["--adapter", "fixtures/lora/llama__r3", "--backward"],

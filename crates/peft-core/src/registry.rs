@@ -108,7 +108,8 @@ pub fn parse<C: Config>(json: Value) -> Result<C> {
         peft_type: C::PEFT_TYPE.to_owned(),
         reason,
     };
-    let config: C = serde_json::from_value(json).map_err(|error| fault(error.to_string()))?;
+    let config = C::deserialize(&json);
+    let config = config.map_err(|error| fault(mistyped::<C>(&json, &error)))?;
     for (key, value) in &config.unmodelled().0 {
         let fixed = C::FIXED.iter().find(|(name, _)| name == key);
         let allowed = match fixed {
@@ -129,6 +130,25 @@ pub fn parse<C: Config>(json: Value) -> Result<C> {
     }
     config.check()?;
     Ok(config)
+}
+
+/// What is wrong with a configuration that cannot be read, by the key that cannot be read alone.
+fn mistyped<C: Config>(json: &Value, error: &serde_json::Error) -> String {
+    let alone = |it: (&String, &Value)| {
+        let one = Value::Object(Map::from_iter([(it.0.clone(), it.1.clone())]));
+        let error = C::deserialize(&one).err()?.to_string();
+        // So `serde` says that a value has none of several forms, by names that nobody else knows.
+        let reason = match error.contains("untagged enum") {
+            true => "is none of the forms that it can have".to_owned(),
+            false => error,
+        };
+        Some(format!("`{}` is {}: {reason}", it.0, it.1))
+    };
+    let empty = Value::Object(Map::new());
+    let optional = C::deserialize(&empty).is_ok();
+    let mut keys = json.as_object().into_iter().flatten();
+    let found = if optional { keys.find_map(alone) } else { None };
+    found.unwrap_or_else(|| error.to_string())
 }
 
 fn off(value: &Value) -> bool {

@@ -52,6 +52,28 @@ fn ranges() {
     );
 }
 
+/// A value of another type is named by its key, whatever forms the key may have.
+#[test]
+fn mistyped_values() {
+    for (key, value) in [
+        ("r", json!(1.5)),
+        ("r", json!("eight")),
+        ("lora_alpha", json!({})),
+        ("use_dora", json!("*")),
+        ("rank_pattern", json!([])),
+        ("target_modules", json!(3)),
+        ("layers_to_transform", json!("x")),
+        ("trainable_token_indices", json!("a")),
+        ("exclude_modules", json!([1])),
+        ("bias", json!("some")),
+    ] {
+        let named = format!("`{key}` is {value}: ");
+        refused(json!({key: value}), &[&named]);
+    }
+    let message = parse::<LoraConfig>(lora(json!({"target_modules": 3}))).unwrap_err();
+    assert!(!message.to_string().contains("enum"), "{message}");
+}
+
 #[test]
 fn variants_that_are_not_there() {
     for init in [

@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     args::{Compute, Placement},
     error::usage,
-    sources::{BaseArgs, Sources},
+    sources::{BaseArgs, Sources, left_at_random},
 };
 
 /// Flags of `peft forward`.
@@ -79,6 +79,14 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let at = args.compute.place_exact()?;
     let inputs = tensors::read(&args.inputs)?;
     let (mut model, given) = load(&sources, task, at, args.state.as_deref())?;
+    let names: Vec<&str> = sources.adapters.iter().map(|it| it.0.as_str()).collect();
+    let random = left_at_random(&mut *model, &names);
+    if !random.is_empty() {
+        eprintln!(
+            "note: the model has no `{}`; for {task} it was drawn at random",
+            random.join("`, `")
+        );
+    }
     let batch = Batch::read(&args.inputs, inputs, &*model)?;
     if args.backward && batch.labels.is_none() {
         bail!(

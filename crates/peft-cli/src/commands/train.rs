@@ -45,7 +45,7 @@ use crate::{
     methods::PREFIX_INIT_TEXT,
     metrics::{figures, judge},
     quantization::{QUANTIZATION, Quantization, in_bits},
-    sources::{BaseArgs, CLASSES, FULL, PROBLEM, Sources, TASK},
+    sources::{BaseArgs, CLASSES, FULL, PROBLEM, Sources, TASK, left_at_random},
     terminal::{bytes, grouped, plural},
 };
 
@@ -277,7 +277,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     match &tuner {
         Some(it) => {
             model.inject(NAME, &**it).map_err(of_settings)?;
-            let left = left_at_random(&mut *model);
+            let left = left_at_random(&mut *model, &[NAME]);
             if !left.is_empty() {
                 model.delete(NAME)?;
                 plan.also_save(left)?;
@@ -432,27 +432,6 @@ fn begin_at(
     let mut dense = dense.load_stored(task, None)?;
     begin_at_residual(model, NAME, &lora, &mut *dense, how).map_err(of_settings)?;
     Ok(())
-}
-
-/// Modules of a head that the checkpoint lacks, and that the adapter neither trains nor saves.
-fn left_at_random(model: &mut dyn Network) -> Vec<String> {
-    // Whole modules alone: an update of low rank does not make up for a random weight that no file has.
-    let all = model.trainable(NAME).into_iter();
-    let whole = all.filter(|it| it.name == "weight");
-    let trained: Vec<String> = whole.map(|it| it.at).collect();
-    let outline = model.outline();
-    let fresh = model.fresh().iter().map(|it| it.as_str());
-    let mut places: Vec<String> = fresh
-        .map(|name| match outline.sites.iter().any(|it| it.at == name) {
-            true => name,
-            false => name.rsplit_once('.').map_or(name, |it| it.0),
-        })
-        .filter(|at| outline.sites.iter().any(|it| it.at == *at))
-        .map(str::to_owned)
-        .collect();
-    places.dedup();
-    places.retain(|at| !trained.contains(at));
-    places
 }
 
 /// What the model is to learn: as asked, or what both the data and the model are for.
