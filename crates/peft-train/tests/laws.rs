@@ -536,7 +536,7 @@ fn a_held_out_loss_may_be_beyond_numbers() {
         save_steps: 2,
         ..settings()
     };
-    let script = vec![800.0, f64::NAN, f64::INFINITY, 5000.0, 700.0];
+    let script = [800.0, f64::NAN, f64::INFINITY, 5000.0, 700.0];
     let model = |from: usize| Bigram {
         script: script[from..].to_vec(),
         ..Bigram::new()
