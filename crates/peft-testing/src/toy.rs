@@ -89,14 +89,14 @@ impl Toy {
             looks: [(); 2].map(|()| Look::new(&random)),
             embed: Embedding::new(table),
             norms,
-            q: Linear::new(Plainly(q)),
-            k: Linear::new(Plainly(k)),
-            v: Linear::new(Plainly(v)),
+            q: Linear::new(Base::plain(q)),
+            k: Linear::new(Base::plain(k)),
+            v: Linear::new(Base::plain(v)),
             o: match kit.lossy {
-                true => Linear::new(Steps::of(o.weight(), None)),
-                false => Linear::new(Plainly(o)),
+                true => Linear::new(Base::rounded(o.weight(), None)),
+                false => Linear::new(Base::plain(o)),
             },
-            head: Linear::new(Plainly(head)),
+            head: Linear::new(Base::plain(head)),
             tied: kit.tied,
         }
     }
@@ -254,80 +254,66 @@ impl Look {
     }
 }
 
-/// A dense base, which gives what is no number where nobody is to read it.
-#[derive(Debug)]
-struct Plainly(Dense);
-
-/// The graph of `y` with no number in it.
-fn unreadable(y: &Tensor) -> Tensor {
-    y + f64::NAN
-}
-
-impl LinearOp for Plainly {
-    fn forward(&self, x: &Tensor) -> Tensor {
-        self.0.forward(x)
-    }
-    fn unread(&self, x: &Tensor) -> Tensor {
-        unreadable(&self.forward(x))
-    }
-    fn weight(&self) -> Tensor {
-        self.0.weight()
-    }
-    fn bias(&self) -> Option<&Tensor> {
-        self.0.bias()
-    }
-    fn shape(&self) -> (i64, i64) {
-        self.0.shape()
-    }
-    fn device(&self) -> Device {
-        self.0.device()
-    }
-    fn transposed(&self) -> bool {
-        self.0.transposed()
-    }
-    fn is_dense(&self) -> bool {
-        true
-    }
-    fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>> {
-        self.0.encode(plain)
-    }
-}
-
-/// A base that rounds: weights in steps of 1/64.
-#[derive(Debug)]
-struct Steps(Dense);
-
-/// How far a weight can be moved by [`Steps`].
+/// How far a weight can be moved by a base that rounds.
 pub(crate) const HALF_STEP: f64 = 1.0 / 128.0;
 
-impl Steps {
-    fn of(weight: Tensor, bias: Option<Tensor>) -> Steps {
+/// A base: dense, or one that rounds weights to steps of 1/64. What nobody is to read is no number.
+#[derive(Debug)]
+struct Base {
+    dense: Dense,
+    rounds: bool,
+}
+
+impl Base {
+    fn plain(dense: Dense) -> Base {
+        Base {
+            dense,
+            rounds: false,
+        }
+    }
+
+    fn rounded(weight: Tensor, bias: Option<Tensor>) -> Base {
         let step = 2.0 * HALF_STEP;
-        Steps(Dense::new((weight / step).round() * step, bias))
+        Base {
+            dense: Dense::new((weight / step).round() * step, bias),
+            rounds: true,
+        }
     }
 }
 
-impl LinearOp for Steps {
+impl LinearOp for Base {
     fn forward(&self, x: &Tensor) -> Tensor {
-        self.0.forward(x)
+        self.dense.forward(x)
     }
     fn unread(&self, x: &Tensor) -> Tensor {
-        unreadable(&self.forward(x))
+        self.forward(x) + f64::NAN
     }
     fn weight(&self) -> Tensor {
-        self.0.weight().copy() // as a decoded weight: nobody else's memory
+        match self.rounds {
+            true => self.dense.weight().copy(), // as a decoded weight: nobody else's memory
+            false => self.dense.weight(),
+        }
     }
     fn bias(&self) -> Option<&Tensor> {
-        self.0.bias()
+        self.dense.bias()
     }
     fn shape(&self) -> (i64, i64) {
-        self.0.shape()
+        self.dense.shape()
     }
     fn device(&self) -> Device {
-        self.0.device()
+        self.dense.device()
+    }
+    fn transposed(&self) -> bool {
+        self.dense.transposed()
+    }
+    fn is_dense(&self) -> bool {
+        !self.rounds
     }
     fn encode(&self, plain: Plain) -> Result<Box<dyn LinearOp>> {
+        if !self.rounds {
+            return self.dense.encode(plain);
+        }
         let bias = plain.bias.map(|b| b.detach());
-        Ok(Box::new(Steps::of(plain.weight.detach(), bias)))
+        Ok(Box::new(Base::rounded(plain.weight.detach(), bias)))
     }
 }
