@@ -190,6 +190,7 @@ impl SourceArgs {
             // Wherever the run is now.
             (false, _) => Some(run.dir().join(BASE)).filter(|it| it.is_dir()),
         };
+        let has_own = own.is_some();
         let own = own.map(|dir| dir.to_string_lossy().into_owned());
         let model = self.base.model.clone().or(own).unwrap_or(info.base_model);
         let of = format!("the base of the run `{}`", run.dir().display());
@@ -197,6 +198,13 @@ impl SourceArgs {
             found(&model).with_context(|| format!("{of}; name another place with `--model`"))?;
         let (task, head) = of_more(&info.more);
         (found.task, found.head) = (task, head);
+        if !has_own && changed(&info.more, &found.base)? {
+            eprintln!(
+                "note: `{}` is not the base that the run `{}` was trained over: other weights or another config.json",
+                found.base.path().display(),
+                run.dir().display()
+            );
+        }
         found.format = format_of(&info.more)?;
         found.adapters = match (self.base.adapter.is_empty(), self.no_adapter, self.best) {
             (false, _, _) => named(&self.base.adapter)?,
@@ -555,6 +563,19 @@ pub(crate) const FULL: &str = "FULL";
 pub(crate) const TASK: &str = "task";
 pub(crate) const CLASSES: &str = "classes";
 pub(crate) const PROBLEM: &str = "problem_type";
+/// Which base it was trained over.
+pub(crate) const FINGERPRINT: &str = "base_fingerprint";
+
+/// Whether a run was trained over another base than this, as far as its `run.json` says.
+pub(crate) fn changed(
+    more: &serde_json::Map<String, serde_json::Value>,
+    base: &Source,
+) -> Result<bool> {
+    match more.get(FINGERPRINT).and_then(|it| it.as_str()) {
+        Some(began) => Ok(base.fingerprint()? != began),
+        None => Ok(false),
+    }
+}
 
 /// How the base of a run is kept; of one that `--model` names as well, since the adapter was made for it.
 fn format_of(more: &serde_json::Map<String, serde_json::Value>) -> Result<Format> {

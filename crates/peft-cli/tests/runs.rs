@@ -7,7 +7,7 @@ use std::{fs, path::Path};
 use common::{TEXT, peft, root};
 
 /// A run of two steps in `dir`.
-fn train(dir: &Path) {
+fn train(dir: &Path, model: &str) {
     let rows = "fixtures/data/wordnet_define_sft.jsonl";
     let text = fs::read_to_string(root().join(rows)).unwrap();
     let few: Vec<&str> = text.lines().take(12).collect();
@@ -18,7 +18,7 @@ fn train(dir: &Path) {
     peft([
         "train",
         "--model",
-        TEXT,
+        model,
         "--data",
         data,
         "--out",
@@ -35,7 +35,7 @@ fn train(dir: &Path) {
 fn a_run_is_all_that_later_commands_need() {
     let held = tempfile::tempdir().unwrap();
     let dir = held.path().join("run");
-    train(&dir);
+    train(&dir, TEXT);
     let run = dir.to_str().unwrap();
     let say = |more: &[&str]| {
         let args = [
@@ -116,4 +116,39 @@ fn damaged(dir: &Path, run: &str) {
     peft(ask).fails(1, &["tokenizer.json"]);
     fs::remove_dir_all(dir.join("adapter")).unwrap();
     peft(ask).fails(1, &["adapter", "has not ended"]);
+}
+
+#[test]
+fn another_base_of_the_same_shapes_is_noticed() {
+    let held = tempfile::tempdir().unwrap();
+    let (dir, base) = (held.path().join("run"), held.path().join("base"));
+    fs::create_dir(&base).unwrap();
+    for file in fs::read_dir(root().join(TEXT)).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), base.join(file.file_name())).unwrap();
+    }
+    train(&dir, base.to_str().unwrap());
+    let run = dir.to_str().unwrap();
+    let ask = ["generate", run, "--prompt", "x", "--max-new-tokens", "1"];
+    let said = peft(ask);
+    assert!(!said.err.contains("note:"), "{}", said.err);
+    let weights = base.join("model.safetensors");
+    let was = fs::read(&weights).unwrap();
+    let mut other = was.clone();
+    let at = other.len() / 2;
+    other[at..].chunks_mut(2).for_each(|it| it[0] ^= 1);
+    fs::write(&weights, &other).unwrap();
+    let said = peft(ask);
+    assert!(
+        said.err.contains("is not the base that the run"),
+        "{}",
+        said.err
+    );
+    said.ok();
+    let again = ["train", "--resume", run];
+    peft(again).fails(1, &["base", "is not the one that the run", "began with"]);
+    fs::write(&weights, &was).unwrap();
+    peft(again).fails(2, &["finished"]);
+    fs::write(dir.join("config.yaml"), "").unwrap();
+    peft(again).fails(2, &["config.yaml"]);
 }

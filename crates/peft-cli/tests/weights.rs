@@ -2,10 +2,17 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use common::{close, fixture, peft};
-use peft::{Adapter, Ctx, Input, ModelExt, OpenOptions, core::State, open};
+use peft::{
+    Adapter, Ctx, Input, ModelExt, OpenOptions,
+    core::{State, tensors},
+    open,
+};
 use tch::{Kind, Tensor};
 
 /// Logits of a model with adapters, each in its own weight's worth.
@@ -151,6 +158,18 @@ fn what_cannot_be_combined_or_converted_is_refused_and_leaves_nothing() {
         combine(&more).fails(code, &words);
         assert!(!out.exists(), "{more:?}");
     }
+    let harmed = dir.path().join("harmed");
+    fs::create_dir(&harmed).unwrap();
+    fs::copy(
+        fixture("lora/llama__r3").join("adapter_config.json"),
+        harmed.join("adapter_config.json"),
+    )
+    .unwrap();
+    let mut factors = state(&fixture("lora/llama__r3"));
+    let _ = factors.values_mut().next().unwrap().fill_(f64::NAN);
+    tensors::write(&harmed.join("adapter_model.safetensors"), &factors).unwrap();
+    combine(&[&lora, &typed(&harmed)]).fails(1, &["harmed", "lora_", "is not finite"]);
+    assert!(!out.exists());
     let convert = |more: &[&str]| {
         let mut args = vec!["convert", "--out", &out_typed];
         args.extend(more);

@@ -390,8 +390,8 @@ impl Part {
         let mut found: BTreeMap<(String, Form), [Option<&Tensor>; 2]> = BTreeMap::new();
         for (key, tensor) in &adapter.state {
             if !is_finite(tensor) {
-                let reason = format!("`{key}` of {} is not finite", part.label);
-                return Err(LoraConfig::fault(reason));
+                let reason = format!("`{key}` is not finite");
+                return Err(Error::file(&adapter.source, reason));
             }
             match Form::of(key) {
                 Some((at, form, half)) => {
@@ -405,8 +405,7 @@ impl Part {
             part.pairs.insert(at, pair);
         }
         if part.pairs.is_empty() {
-            let reason = format!("{} has no factors to combine", part.label);
-            return Err(LoraConfig::fault(reason));
+            return Err(Error::file(&adapter.source, "it has no factors to combine"));
         }
         part.tie();
         Ok(part)

@@ -30,6 +30,7 @@ mod checkpoint;
 mod config;
 mod convert;
 mod decoder;
+mod fingerprint;
 mod front;
 mod generate;
 mod gpt2;

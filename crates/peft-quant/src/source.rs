@@ -82,6 +82,11 @@ impl<'a> Quantised<'a> {
         let code = match (kept, weight, &self.format.scheme) {
             (Some(code), ..) => code,
             (None, Some(weight), Some(scheme)) if !self.format.keeps_dense(at) => {
+                if !is_finite(&weight) {
+                    let reason =
+                        "has a weight that is infinite or no number, of which a code keeps nothing";
+                    return Err(fault(at, reason.into()));
+                }
                 let code = Code::encode(scheme, &weight)?;
                 drop(weight);
                 memory::give_back_growth();
@@ -105,6 +110,17 @@ const IN_4_BITS: [&str; 4] = [
     "weight.nested_quant_map",
 ];
 const IN_8_BITS: &str = "weight_format";
+
+/// In one pass, without memory of its own; NaN is both the least and the most.
+fn is_finite(weight: &Tensor) -> bool {
+    if weight.numel() == 0 {
+        return true;
+    }
+    let (least, most) = weight.aminmax(None, false);
+    [least, most]
+        .iter()
+        .all(|it| it.double_value(&[]).is_finite())
+}
 
 fn fault(at: &str, reason: String) -> Error {
     Error::Config {

@@ -160,7 +160,7 @@ impl Picture for Loss<'_> {
         root.fill(&WHITE).map_err(say)?;
         let curves = &self.curves;
         let (steps, losses) = (curves.steps(), curves.losses());
-        let mut chart = axes(&root, self.title, "loss (nats)", steps, losses).map_err(say)?;
+        let mut chart = axes(&root, self.title, "loss", steps, losses).map_err(say)?;
         let thin = LIGHT.stroke_width(1);
         line(&mut chart, &curves.raw, thin, "training, each batch").map_err(say)?;
         let thick = DARK.stroke_width(3);
@@ -260,6 +260,8 @@ fn axes<'c, B: DrawingBackend>(
 ) -> Result<Chart<'c, B>, Fault<B>> {
     // No more marks than there are whole steps.
     let ticks = (steps.end as usize + 1).clamp(2, 10);
+    let most = values.start.abs().max(values.end.abs());
+    let apart = values.end - values.start;
     let mut chart = ChartBuilder::on(area)
         .margin(24)
         .margin_right(36)
@@ -279,9 +281,19 @@ fn axes<'c, B: DrawingBackend>(
         .x_labels(ticks)
         .y_labels(8)
         .x_label_formatter(&|step| format!("{step:.0}"))
-        .y_label_formatter(&|value| format!("{value:.2}"))
+        .y_label_formatter(&|value| mark(*value, most, apart))
         .draw()?;
     Ok(chart)
+}
+
+/// A number beside an axis whose numbers are `most` at most and lie `apart`: as wide as fits there.
+fn mark(value: f64, most: f64, apart: f64) -> String {
+    match most {
+        1e5.. => format!("{value:.1e}"),
+        1e3.. => format!("{value:.0}"),
+        _ if apart < 0.04 && most < 100.0 => format!("{value:.4}"),
+        _ => format!("{value:.2}"),
+    }
 }
 
 fn legend<'c, B: DrawingBackend + 'c>(
@@ -319,4 +331,20 @@ fn points<B: DrawingBackend>(
     let dots = points.iter().map(|at| Circle::new(*at, 5, colour.filled()));
     chart.draw_series(dots)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::mark;
+
+    #[test]
+    fn numbers_beside_an_axis_fit_there() {
+        assert_eq!(mark(3.05, 3.5, 1.0), "3.05");
+        assert_eq!(mark(3.051, 3.06, 0.02), "3.0510");
+        assert_eq!(mark(99_000.5, 99_010.0, 0.02), "99000");
+        assert_eq!(mark(1_010_000.0, 2e6, 1e6), "1.0e6");
+        for most in [0.001, 9.0, 999.0, 99_999.0, 1e5, 1e30, f64::MAX] {
+            assert!(mark(-most, most, most).len() <= 9, "{most}");
+        }
+    }
 }

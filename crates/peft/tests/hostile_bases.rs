@@ -8,7 +8,9 @@ use std::{fs, path::Path};
 use peft::{
     Ctx, Input, OpenOptions,
     core::{Slot, State, files, tensors},
+    models::{Source, open_source_in},
     open,
+    quant::{Eight, Format, Scheme},
     tch::{Kind, Tensor},
 };
 use peft_testing::fixtures::root;
@@ -312,6 +314,30 @@ fn what_is_wrong_is_named() {
         let error = used(dir.path()).unwrap_err();
         for word in [at].into_iter().chain(words) {
             assert!(error.contains(word), "{key} {change:?}: {error}");
+        }
+    }
+}
+
+/// Codes would say nothing of it: the block's scale is no number, or all of the block is.
+#[test]
+fn a_weight_without_a_number_is_not_quantised() {
+    let at = "model.layers.1.mlp.up_proj.weight";
+    for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let from = root().join("models/llama");
+        let state = tensors::read(&from.join("model.safetensors")).unwrap();
+        let _ = state[at].get(1).get(2).fill_(bad);
+        let dir = tempfile::tempdir().unwrap();
+        fs::copy(from.join("config.json"), dir.path().join("config.json")).unwrap();
+        tensors::write(&dir.path().join("model.safetensors"), &state).unwrap();
+        for scheme in [Scheme::NF4, Scheme::Eight(Eight)] {
+            let source = Source::Folder(dir.path().to_owned());
+            let format = Format::of(scheme);
+            let made = open_source_in(&source, OpenOptions::default(), &format);
+            let error = made.err().expect("refused").to_string();
+            assert!(
+                error.contains("layers.1.mlp.up_proj`") && error.contains("no number"),
+                "{error}"
+            );
         }
     }
 }

@@ -728,7 +728,7 @@ impl Comparison {
         };
         let all = self.outcomes.iter();
         let losses = all.map(|it| curve(&it.name, &it.losses)).collect();
-        let mut panels = vec![("loss (nats)".to_owned(), losses)];
+        let mut panels = vec![("loss".to_owned(), losses)];
         for figure in figures {
             let all = self.outcomes.iter();
             let curves = all.filter_map(|it| Some(curve(&it.name, it.figures.get(figure)?)));

@@ -45,7 +45,9 @@ use crate::{
     methods::PREFIX_INIT_TEXT,
     metrics::{figures, judge},
     quantization::{QUANTIZATION, Quantization, in_bits},
-    sources::{BaseArgs, CLASSES, FULL, PROBLEM, Sources, TASK, left_at_random},
+    sources::{
+        BaseArgs, CLASSES, FINGERPRINT, FULL, PROBLEM, Sources, TASK, changed, left_at_random,
+    },
     terminal::{bytes, grouped, plural},
 };
 
@@ -249,6 +251,16 @@ pub(crate) fn run(args: Args) -> Result<()> {
     if own_base.is_some() {
         format.scheme = None; // it is in few bits already
     }
+    if let Some(run) = &args.resume {
+        let of = Run::open(run)?.info()?.more;
+        if own_base.is_none() && changed(&of, &sources.base)? {
+            anyhow::bail!(
+                "the base `{}` is not the one that the run `{}` began with: its weights or its config.json have changed",
+                sources.base.path().display(),
+                run.display()
+            );
+        }
+    }
     let task = task_of(&plan, &sources)?;
     if let Some(wish) = plan.quantization() {
         wish.must_fit(&sources.base, task)?;
@@ -269,7 +281,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
         format,
         ..sources
     };
-    let mut model = sources.load_task(task, place)?;
+    let mut model = sources
+        .load_task(task, place)
+        .map_err(|error| of_outputs(error, sources.head.num_labels))?;
     let all = parameters(&mut *model);
     tch::manual_seed(plan.settings.seed as i64); // the values that the adapter begins with
     let (mut thawed, mut tuner) = (Vec::new(), tuner);
@@ -341,6 +355,9 @@ pub(crate) fn run(args: Args) -> Result<()> {
     let trainable: i64 = trained.map(|it| it.tensor.numel() as i64).sum();
     let mut more = more(task, &sources.head);
     more.insert(TRAINABLE.into(), trainable.into());
+    if !new_base && own_base.is_none() {
+        more.insert(FINGERPRINT.into(), sources.base.fingerprint()?.into());
+    }
     if let (Some(wish), false) = (plan.quantization(), new_base || own_base.is_some()) {
         more.insert(QUANTIZATION.into(), serde_json::to_value(wish)?);
     }
@@ -524,7 +541,8 @@ impl Args {
             let path = Run::open(run)?.config();
             Plan::read(&path)?; // what is wrong in the file is said of the file
             pairs = Plan::pairs(&path)?;
-            began = Some((run, complete(&pairs)?));
+            let plan = complete(&pairs).with_context(|| path.display().to_string())?;
+            began = Some((run, plan));
         }
         if let Some(path) = self.setup.config() {
             Plan::read(path)?;
@@ -866,9 +884,18 @@ impl Loaded {
                 (Rows::of_task(data, train), held)
             }
         };
+        let of = |files: &[PathBuf]| {
+            let names: Vec<String> = files.iter().map(|it| it.display().to_string()).collect();
+            names.join(", ")
+        };
+        let learnt = || format!("the rows to train on, of {}", of(&plan.recipe.data));
+        let kept = || match &plan.recipe.validation {
+            Validation::Files(files) => format!("the held-out rows, of {}", of(files)),
+            _ => format!("the held-out rows, of {}", of(&plan.recipe.data)),
+        };
         Ok(Data {
-            train: train.context("the rows to train on")?,
-            held_out: held_out.transpose().context("the held-out rows")?,
+            train: train.with_context(learnt)?,
+            held_out: held_out.transpose().with_context(kept)?,
         })
     }
 
@@ -1374,6 +1401,20 @@ fn more(task: Task, head: &HeadOptions) -> serde_json::Map<String, Value> {
         map.insert("pad_token_id".into(), pad.into());
     }
     map
+}
+
+/// Where the head has another number of outputs than the rows, that is what is wrong.
+fn of_outputs(error: anyhow::Error, outputs: Option<i64>) -> anyhow::Error {
+    let wanted = match error.downcast_ref::<peft::Error>() {
+        Some(peft::Error::Shape { expected, .. }) => expected.first().copied(),
+        _ => None,
+    };
+    match outputs.filter(|it| wanted == Some(*it)) {
+        Some(n) => error.context(format!(
+            "the rows want a head of {n} outputs, and the model brings another"
+        )),
+        None => error,
+    }
 }
 
 /// Notes how a run ended.
