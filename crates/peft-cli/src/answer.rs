@@ -71,6 +71,7 @@ impl SamplingArgs {
         usual_temperature: f64,
     ) -> Result<Sampling> {
         let sampling = Sampling {
+            asked_before: Vec::new(),
             max_new_tokens: self.max_new_tokens,
             stop_ids: tokenizer.eos_ids().to_vec(),
             temperature: self.temperature.unwrap_or(usual_temperature),

@@ -398,6 +398,32 @@ impl Sources {
         Ok(names.filter(|all| !all.iter().all(|it| it.starts_with("LABEL_"))))
     }
 
+    /// Whether labels are numbers to be predicted, whole ones as well: the run says so, or the base, or its head has one output,
+    /// of which `transformers` thinks the same.
+    pub(crate) fn predicts_numbers(&self, task: Task) -> Result<bool> {
+        if task != Task::SeqCls {
+            return Ok(false);
+        }
+        if let Some(problem) = self.head.problem_type {
+            return Ok(problem == Problem::Regression);
+        }
+        let config = self.base.config()?;
+        if task_of(&config) != Some(task) {
+            return Ok(false);
+        }
+        let names = config.get("id2label").and_then(|it| it.as_object());
+        let outputs = match names {
+            Some(names) => Some(names.len() as u64),
+            None => config.get("num_labels").and_then(|it| it.as_u64()),
+        };
+        Ok(
+            match config.get("problem_type").and_then(|it| it.as_str()) {
+                Some(problem) => problem == Problem::Regression.name(),
+                None => outputs == Some(1),
+            },
+        )
+    }
+
     /// How many outputs the head has that an adapter brings along: the base's own says nothing of it.
     fn outputs_of_adapters(&self) -> Option<i64> {
         self.adapters.iter().find_map(|(_, dir)| outputs_of(dir))

@@ -462,6 +462,33 @@ fn numbers_are_learnt_and_measured_again() {
         code == 2 && said.contains("SEQ_CLS") && said.contains("peft eval"),
         "{said}"
     );
+
+    // Whole ones are classes, but where the rows to train on, the run or a setting say otherwise.
+    let whole = labelled(&world, "whole.jsonl", |i| format!("{}", i % 3));
+    let train = |data: &str, more: &[&str]| {
+        let mut args = vec!["train", "--model", &world.model, "--data", data];
+        args.extend(["--max-steps", "2", "--out", "other", "--overwrite"]);
+        args.extend(more);
+        args.into_iter().map(str::to_owned).collect::<Vec<String>>()
+    };
+    let said = |args: Vec<String>| {
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        good(world.dir.path(), &args)
+    };
+    assert!(said(train(&whole, &[])).contains("accuracy"));
+    assert!(said(train(&data, &["--validation", &whole])).contains("mse"));
+    assert!(said(train(&whole, &["--set", "problem_type=regression"])).contains("mse"));
+    assert!(good(world.dir.path(), &["eval", "other", "--data", &whole]).contains("mse"));
+    for (problem, words) in [
+        ("regresion", "nearest is `regression`"),
+        ("single_label_classification", "with a fraction"),
+    ] {
+        let problem = format!("problem_type={problem}");
+        let args = train(&data, &["--set", &problem]);
+        let args: Vec<&str> = args.iter().map(String::as_str).collect();
+        let (_, said) = bad(world.dir.path(), &args);
+        assert!(said.contains(words), "{said}");
+    }
 }
 
 #[test]

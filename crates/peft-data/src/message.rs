@@ -16,7 +16,7 @@ use crate::python::from_json;
 pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, `tool`, …
     pub role: String,
-    /// What they say. Empty where the content is not a string: then the raw
+    /// What they say. Empty where the content is not a string, or an empty one beside `tool_calls`: then the raw
     /// value is under `content` in [`Message::extra`], and templates see that.
     pub content: String,
     /// Every other key.
@@ -68,6 +68,7 @@ impl Message {
         };
         let calls = extra.contains_key("tool_calls");
         let content = match extra.get_mut("content") {
+            Some(Value::String(content)) if content.is_empty() && calls => String::new(),
             Some(Value::String(content)) => {
                 let content = std::mem::take(content);
                 extra.shift_remove("content");

@@ -207,14 +207,112 @@ fn refuse(what: &str) -> Error {
     )
 }
 
-/// Prints a value as Python does; all that minijinja does otherwise are floats with exponents.
+/// Prints a value as Python does.
 pub(crate) fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
-    match f64::try_from(value.clone()) {
-        Ok(x) if value.is_number() && !value.is_integer() && x.is_finite() => {
-            Ok(out.write_str(&json_float(x))?)
-        }
+    match value.kind() {
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map => Ok(out.write_str(&text(value)?)?),
         _ => escape_formatter(out, state, value),
     }
+}
+
+/// The filter `string`: Python's `str`.
+pub(crate) fn text(value: &Value) -> Result<String, Error> {
+    match value.kind() {
+        ValueKind::Number | ValueKind::Seq | ValueKind::Map => {
+            let mut out = String::new();
+            repr(value, 0, &mut out)?;
+            Ok(out)
+        }
+        _ => Ok(value.to_string()),
+    }
+}
+
+/// Python's `repr`.
+fn repr(value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    if depth > MAX_DEPTH {
+        return Err(refuse("a value nested more than 200 deep"));
+    }
+    match value.kind() {
+        ValueKind::Number if !value.is_integer() => {
+            let x = f64::try_from(value.clone())?;
+            out.push_str(&match x.is_finite() {
+                true => json_float(x),
+                false => x.to_string().to_lowercase(), // nan, inf, -inf
+            });
+        }
+        ValueKind::String => repr_of_text(value.as_str().unwrap_or_default(), out),
+        ValueKind::Seq => {
+            let tuple = value.is_tuple();
+            out.push(if tuple { '(' } else { '[' });
+            for (at, item) in value.try_iter()?.enumerate() {
+                out.push_str(if at > 0 { ", " } else { "" });
+                repr(&item, depth + 1, out)?;
+            }
+            out.push_str(match (tuple, value.len()) {
+                (true, Some(1)) => ",)",
+                (true, _) => ")",
+                (false, _) => "]",
+            });
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (at, key) in value.try_iter()?.enumerate() {
+                out.push_str(if at > 0 { ", " } else { "" });
+                repr(&key, depth + 1, out)?;
+                out.push_str(": ");
+                repr(&value.get_item(&key)?, depth + 1, out)?;
+            }
+            out.push('}');
+        }
+        _ => out.push_str(&value.to_string()),
+    }
+    Ok(())
+}
+
+/// In single quotes, unless only those are in it; what cannot be seen is escaped.
+fn repr_of_text(text: &str, out: &mut String) {
+    let quote = match text.contains('\'') && !text.contains('"') {
+        true => '"',
+        false => '\'',
+    };
+    out.push(quote);
+    for c in text.chars() {
+        match c {
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            c if c == quote => out.extend(['\\', c]),
+            c if is_printable(c) => out.push(c),
+            c => out.push_str(&match u32::from(c) {
+                code @ ..=0xff => format!("\\x{code:02x}"),
+                code @ ..=0xffff => format!("\\u{code:04x}"),
+                code => format!("\\U{code:08x}"),
+            }),
+        }
+    }
+    out.push(quote);
+}
+
+/// `str.isprintable`, but for code points that no Unicode has given a meaning yet.
+fn is_printable(c: char) -> bool {
+    use unicode_categories::UnicodeCategories;
+    let blank = c.is_separator() && c != ' ';
+    !(blank || c.is_other_control() || c.is_other_format() || c.is_other_private_use())
+}
+
+/// `str.isspace`.
+pub(crate) fn is_space(c: char) -> bool {
+    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
+}
+
+/// The filter `trim`: `str.strip`, of blanks or of given characters.
+pub(crate) fn trim(value: &Value, chars: Option<&str>) -> Result<String, Error> {
+    let text = text(value)?;
+    Ok(match chars {
+        Some(chars) => text.trim_matches(|c| chars.contains(c)).to_owned(),
+        None => text.trim_matches(is_space).to_owned(),
+    })
 }
 
 /// `repr(float)`, with JSON's names for what is not finite.

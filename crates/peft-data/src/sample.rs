@@ -324,12 +324,12 @@ impl<'a> Conversation<'a> {
 
     fn end(&self, k: usize, full: &str, start: usize) -> Result<usize> {
         if k + 1 == self.messages.len() {
-            return Ok(self.trim_end(full, start, full.len()));
+            return Ok(self.trim_end(k, full, start, full.len()));
         }
         if let Ok(so_far) = self.render(self.seen[..=k].to_vec(), false)
             && full.starts_with(&so_far)
         {
-            return Ok(self.trim_end(full, start, so_far.len()));
+            return Ok(self.trim_end(k, full, start, so_far.len()));
         }
         if self.messages[k].content.is_empty() {
             return self.end_of_call(k, full, start);
@@ -365,13 +365,13 @@ impl<'a> Conversation<'a> {
             .find(|rest| full[start..].starts_with(rest))
             .filter(|shared| ends.iter().any(|token| shared.contains(token.as_str())));
         match shared {
-            Some(shared) => Ok(self.trim_end(full, start, start + shared.len())),
+            Some(shared) => Ok(self.trim_end(k, full, start, start + shared.len())),
             None => Err(self.lost(k)),
         }
     }
 
-    /// Takes back what the template writes after the end token of a reply.
-    fn trim_end(&self, full: &str, start: usize, end: usize) -> usize {
+    /// Takes back what the template writes after the end token of reply `k`.
+    fn trim_end(&self, k: usize, full: &str, start: usize, end: usize) -> usize {
         let ends = self.tokenizer.special_contents();
         let Some(mut turn) = full.get(start..end) else {
             // The turn ends before it starts: the caller says so.
@@ -382,11 +382,20 @@ impl<'a> Conversation<'a> {
                 .find(|token| text.ends_with(token.as_str()))
                 .cloned()
         };
+        // What looks like a token may be part of what was said.
+        let content = &self.messages[k].content;
+        let said = [content.as_str(), content.trim()]
+            .into_iter()
+            .filter(|it| !it.is_empty())
+            .find_map(|it| Some(turn.find(it)? + it.len()))
+            .unwrap_or(0);
         while let Some(token) = closing(turn.trim_end()) {
             turn = turn.trim_end();
             // `<|end|>\n<|endoftext|>`: the reply ends at the first of them.
             let before = &turn[..turn.len() - token.len()];
-            match before.trim_end() != before && closing(before.trim_end()).is_some() {
+            let earlier = closing(before.trim_end());
+            let written = earlier.is_some_and(|it| before.trim_end().len() - it.len() >= said);
+            match before.trim_end() != before && written {
                 true => turn = before,
                 false => break,
             }

@@ -9,6 +9,7 @@
 //! as many cells as there are columns, and in TSV, where a line is a record by
 //! definition, no cell goes over the end of its line.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -105,10 +106,17 @@ pub(crate) fn records(bytes: &[u8], delimiter: u8) -> impl Iterator<Item = RawRo
     })
 }
 
+const BOM: char = '\u{feff}';
+
 /// The cells of one record.
 fn cells(record: &str, delimiter: u8) -> Result<Vec<String>, String> {
     well_quoted(record, delimiter)?;
     let mut cells = csv::StringRecord::new();
+    // A reader takes what begins its input for a byte order mark; that of the file has gone.
+    let record = match record.strip_prefix(BOM) {
+        Some(_) => Cow::Owned(format!("{BOM}{record}")),
+        None => Cow::Borrowed(record),
+    };
     let read = reader(record.as_bytes(), delimiter)
         .read_record(&mut cells)
         .map_err(|error| error.to_string())?;
@@ -219,6 +227,10 @@ mod tests {
             ],
         );
         check("a\n\"\"\nx\n", &[(1, &["a"]), (2, &[""]), (3, &["x"])]);
+        check(
+            "a\n\u{feff}b,\u{feff}\n",
+            &[(1, &["a"]), (2, &["\u{feff}b", "\u{feff}"])],
+        );
     }
 
     #[test]

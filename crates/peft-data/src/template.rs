@@ -15,12 +15,12 @@
 //! whitespace rules. While spans are wanted the call puts a mark before and
 //! after its body, and the marks are taken out again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Kwargs;
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, Value};
 use serde_json::{Map, Value as Json};
 
@@ -62,7 +62,15 @@ impl ChatTemplate {
         env.add_function("raise_exception", raise_exception);
         env.add_function("strftime_now", strftime_now);
         env.add_function("__generation__", generation);
+        env.add_filter("trim", python::trim);
+        env.add_filter("string", python::text);
         env.add_test("sequence", is_sequence);
+        env.add_test("iterable", is_iterable);
+        env.add_test("number", |it: &Value| {
+            is_integer(it) || is_float(it) || is_bool(it)
+        });
+        env.add_test("integer", is_integer);
+        env.add_test("float", is_float);
         for (name, token) in special {
             env.add_global(name.clone(), token.clone());
         }
@@ -207,10 +215,30 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
         .to_string())
 }
 
-/// Python's strings and dictionaries have a length and items, so Jinja2 calls them sequences too.
+/// Python's strings and dictionaries have a length and items, so Jinja2 calls them sequences too; what is not defined
+/// has both as well.
 fn is_sequence(value: &Value) -> bool {
-    use minijinja::value::ValueKind as Kind;
-    matches!(value.kind(), Kind::Seq | Kind::String | Kind::Map)
+    use ValueKind as Kind;
+    let kind = value.kind();
+    matches!(kind, Kind::Seq | Kind::String | Kind::Map | Kind::Undefined)
+}
+
+/// minijinja goes through `none` as well, Python does not.
+fn is_iterable(value: &Value) -> bool {
+    is_sequence(value) || value.kind() == ValueKind::Iterable
+}
+
+fn is_bool(value: &Value) -> bool {
+    value.kind() == ValueKind::Bool
+}
+
+/// In Jinja2 `true` is a number and no integer.
+fn is_integer(value: &Value) -> bool {
+    value.kind() == ValueKind::Number && value.is_integer()
+}
+
+fn is_float(value: &Value) -> bool {
+    value.kind() == ValueKind::Number && !value.is_integer()
 }
 
 /// Python's methods on strings, lists and dictionaries: the usual set, and what it lacks.
@@ -220,6 +248,18 @@ fn methods(
     method: &str,
     args: &[Value],
 ) -> Result<Value, minijinja::Error> {
+    if let (Some(text), []) = (value.as_str(), args) {
+        match method {
+            "strip" => return Ok(text.trim_matches(python::is_space).into()),
+            "lstrip" => return Ok(text.trim_start_matches(python::is_space).into()),
+            "rstrip" => return Ok(text.trim_end_matches(python::is_space).into()),
+            "split" => {
+                let parts = text.split(python::is_space).filter(|it| !it.is_empty());
+                return Ok(parts.map(Value::from).collect());
+            }
+            _ => {}
+        }
+    }
     let first = args.first().and_then(|arg| arg.as_str());
     if let (Some(text), Some(arg)) = (value.as_str(), first.filter(|arg| !arg.is_empty())) {
         let list = |parts: &[&str]| parts.iter().map(|part| Value::from(*part)).collect();
@@ -277,35 +317,57 @@ fn describe(error: &minijinja::Error) -> String {
 /// Walks the template as Jinja's lexer does, so that the word in a comment, in
 /// a string or in a raw block stays what it is.
 fn rewrite_generation(source: &str) -> (String, bool) {
-    let mut out = String::with_capacity(source.len());
+    let tags = tags(source);
+    let filled: BTreeSet<&str> = tags
+        .iter()
+        .filter_map(|tag| filled_namespace(tag))
+        .collect();
     let mut found = false;
-    let mut rest = source;
+    let rewritten = tags.iter().map(|tag| match generation_tag(tag, &filled) {
+        Some(replacement) => {
+            found = true;
+            replacement
+        }
+        None => (*tag).to_owned(),
+    });
+    (rewritten.collect(), found)
+}
+
+/// Tags, expressions, comments, and the text between them.
+fn tags(source: &str) -> Vec<&str> {
+    let (mut all, mut rest) = (Vec::new(), source);
     while let Some(at) = rest.find('{') {
-        out.push_str(&rest[..at]);
-        rest = &rest[at..];
-        let end = match rest.as_bytes().get(1) {
-            Some(b'#') => rest.find("#}").map(|end| end + 2),
-            Some(b'%') if is_raw(rest) => raw_end(rest),
-            Some(b'%') => code_end(rest, "%}"),
-            Some(b'{') => code_end(rest, "}}"),
+        let (text, tag) = rest.split_at(at);
+        let end = match tag.as_bytes().get(1) {
+            Some(b'#') => tag.find("#}").map(|end| end + 2),
+            Some(b'%') if is_raw(tag) => raw_end(tag),
+            Some(b'%') => code_end(tag, "%}"),
+            Some(b'{') => code_end(tag, "}}"),
             _ => Some(1),
         };
-        let (tag, after) = rest.split_at(end.unwrap_or(rest.len()));
-        match generation_tag(tag) {
-            Some(replacement) => {
-                found = true;
-                out.push_str(&replacement);
-            }
-            None => out.push_str(tag),
-        }
+        let (tag, after) = tag.split_at(end.unwrap_or(tag.len()));
+        all.extend([text, tag]);
         rest = after;
     }
-    out.push_str(rest);
-    (out, found)
+    all.push(rest);
+    all
+}
+
+/// `name` of `{% set name.attribute = … %}`.
+fn filled_namespace(tag: &str) -> Option<&str> {
+    let inner = tag.strip_prefix("{%")?.trim_start_matches(['-', '+']);
+    let target = inner.trim_start().strip_prefix("set")?;
+    let (name, _) = target.split_once('.')?;
+    let is_name = |it: &str| it.chars().all(|c| c.is_alphanumeric() || c == '_');
+    let name = name.strip_prefix(char::is_whitespace)?.trim();
+    (!name.is_empty() && is_name(name)).then_some(name)
 }
 
 /// `{%- generation -%}` as `{%- call __generation__() -%}`, its end likewise.
-fn generation_tag(tag: &str) -> Option<String> {
+///
+/// A call sees those variables of the outside that its body names, and to minijinja `{% set a.b = 1 %}` does not name `a`;
+/// so those in `filled` are named where they cost nothing.
+fn generation_tag(tag: &str, filled: &BTreeSet<&str>) -> Option<String> {
     let inner = tag.strip_prefix("{%")?.strip_suffix("%}")?;
     let word = inner.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
     let code = match word {
@@ -313,7 +375,18 @@ fn generation_tag(tag: &str) -> Option<String> {
         "endgeneration" => "endcall",
         _ => return None,
     };
-    Some(format!("{{%{}%}}", inner.replacen(word, code, 1)))
+    let inner = inner.replacen(word, code, 1);
+    if word == "endgeneration" || filled.is_empty() {
+        return Some(format!("{{%{inner}%}}"));
+    }
+    let names: String = filled
+        .iter()
+        .map(|name| format!("{{{{ {name} }}}}"))
+        .collect();
+    let close = &inner[inner.trim_end_matches(['-', '+']).len()..];
+    Some(format!(
+        "{{%{inner}%}}{{% if false %}}{names}{{% endif {close}%}}"
+    ))
 }
 
 fn is_raw(tag: &str) -> bool {
@@ -378,6 +451,53 @@ mod tests {
         let messages = [Message::user("a"), Message::assistant("\u{fdd0}")];
         let rendered = compile(source).render_spans(&messages, &RenderOptions::default());
         assert_eq!(rendered.unwrap(), ("é\u{fdd0}2".to_owned(), vec![2..6]));
+    }
+
+    #[test]
+    fn generation_fills_a_namespace_of_the_outside() {
+        let source = "{% set ns = namespace(x=0) %}{% for m in messages %}\n  {%- generation -%}\n {{ m.content }}{% set ns.x = ns.x + 1 %}\n{% endgeneration -%} \n{% endfor %}{{ ns.x }}";
+        let messages = [Message::user("a"), Message::assistant("b")];
+        let (text, spans) = compile(source)
+            .render_spans(&messages, &RenderOptions::default())
+            .unwrap();
+        assert_eq!((text.as_str(), spans), ("ab2", vec![0..1, 1..2]));
+    }
+
+    /// What Jinja2 3.1 says.
+    #[test]
+    fn kinds_of_values() {
+        for (value, kinds) in [
+            ("none", ""),
+            ("not_there", "iterable sequence"),
+            ("1", "number integer"),
+            ("1.0", "number float"),
+            ("true", "number"),
+            ("'a'", "iterable sequence string"),
+            ("[]", "iterable sequence"),
+            ("{}", "iterable sequence mapping"),
+        ] {
+            let all = [
+                "iterable", "sequence", "number", "integer", "float", "string", "mapping",
+            ];
+            let source: String = all
+                .map(|kind| format!("{{{{ '{kind} ' if {value} is {kind} }}}}"))
+                .concat();
+            let said = compile(&source).render_values(BTreeMap::new()).unwrap();
+            assert_eq!(said.trim_end(), kinds, "{value}");
+        }
+    }
+
+    #[test]
+    fn containers_as_python_prints_them() {
+        check(
+            r#"{{ [1, 2.5, 1e20, "a'b", 'c"\'', "x\u00a0\u200b\ufeff\u2028\n\té", true, none, {"k": 0.1}, (1,), (1, 2.0)] }}"#,
+            r#"[1, 2.5, 1e+20, "a'b", 'c"\'', 'x\xa0\u200b\ufeff\u2028\n\té', True, None, {'k': 0.1}, (1,), (1, 2.0)]"#,
+        );
+        check("{{ [0.5] | string ~ 'x' }}", "[0.5]x");
+        check(
+            "{{ '\u{1f} a\u{1c}' | trim }}|{{ '\u{1d} b '.strip() }}|{{ ' a\u{1e}b '.split() }}|{{ 'xxaxx' | trim('x') }}|{{ 5 | trim }}",
+            "a|b|['a', 'b']|a|5",
+        );
     }
 
     #[test]

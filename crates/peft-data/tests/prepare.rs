@@ -161,6 +161,34 @@ fn tool_calls_are_trained_and_results_are_not() {
     assert!(shown_by("thinking", row).contains("</tool_call><|im_end|>|"));
 }
 
+/// What is said may look like what the template writes, to its last blank.
+#[test]
+fn a_reply_may_end_with_the_text_of_a_token() {
+    let tokenizer = with_template("chatml");
+    for said in ["It is <|im_end|>\\n", "<|im_end|> ", "\\n"] {
+        let row = format!(
+            r#"{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": "{said}"}}]}}"#
+        );
+        let trained = format!("{}<|im_end|>", said.replace("\\n", "\n"));
+        check(&tokenizer, &row, &Options::default(), &trained);
+    }
+}
+
+/// A turn that calls tools has a content where the row has one.
+#[test]
+fn an_empty_content_is_one() {
+    for calls in ["null", "[]"] {
+        let row = format!(
+            r#"{{"messages": [{{"role": "user", "content": "", "tool_calls": {calls}}}, {{"role": "assistant", "content": "Yo", "tool_calls": {calls}}}]}}"#
+        );
+        assert_eq!(shown_by("chatml", &row), "Yo<|im_end|>");
+    }
+    let calling =
+        serde_json::json!({"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]});
+    let message: Message = serde_json::from_value(calling.clone()).unwrap();
+    assert_eq!(serde_json::to_value(message).unwrap(), calling);
+}
+
 #[test]
 fn formats_through_a_template_and_without() {
     let (chat, base) = (tokenizer(), base_tokenizer());

@@ -16,12 +16,12 @@
 //!
 //! Prompts of different lengths are padded on the left, masked and numbered so that each row computes what it
 //! would compute alone; a padding token counts as "seen" nowhere (it does in `transformers`). The
-//! random numbers of a row are a function of the seed and of how many tokens it has drawn, and come from a
-//! generator of our own: an answer does not depend on its company in the batch (but for the
-//! rounding of a narrow number format, which may tip a near tie), and a training run that shows
-//! samples in between stays the same to the bit.
+//! random numbers of a row are a function of the seed, of the prompt, of how often it was asked before, and of how many tokens it
+//! has drawn, and come from a generator of our own: an answer does not depend on its company in the batch (but for the
+//! rounding of a narrow number format, which may tip a near tie), a prompt that is asked five times gets five answers, and a
+//! training run that shows samples in between stays the same to the bit.
 
-use std::ops::ControlFlow;
+use std::{collections::HashMap, ops::ControlFlow};
 
 use peft_core::{Ctx, Linear};
 use rand_chacha::{
@@ -51,6 +51,8 @@ pub struct Sampling {
     pub repetition_penalty: f64,
     /// Where the random numbers start.
     pub seed: u64,
+    /// How often each prompt was asked before, where it gets another answer each time; empty: counted among the prompts of a call.
+    pub asked_before: Vec<u64>,
     /// The most positions, prompt included; `None`: what the model was made for.
     pub context: Option<i64>,
 }
@@ -66,6 +68,7 @@ impl Default for Sampling {
             min_p: 0.0,
             repetition_penalty: 1.0,
             seed: 0,
+            asked_before: Vec::new(),
             context: None,
         }
     }
@@ -184,7 +187,7 @@ pub fn generate(
     if prompts.is_empty() {
         return Ok(Vec::new());
     }
-    let rows = Rows::begin(Writer::Decoder(model), prompts, sampling);
+    let rows = Rows::begin(Writer::Decoder(model), prompts, prompts, sampling);
     tch::no_grad(|| rows.run(&mut Cache::new(), 0, each))
 }
 
@@ -205,7 +208,7 @@ pub fn generate_seq2seq(
     let start = vec![vec![model.start() as u32]; sources.len()];
     tch::no_grad(|| {
         let source = model.encode(&padded_behind(sources, model.device()), Ctx::EVAL);
-        let rows = Rows::begin(Writer::Seq2Seq(model, source), &start, sampling);
+        let rows = Rows::begin(Writer::Seq2Seq(model, source), &start, sources, sampling);
         rows.run(&mut Cache::new(), 0, each)
     })
 }
@@ -241,7 +244,7 @@ pub fn converse(
     let prompts = [prompt.to_vec()];
     check(model, &prompts, sampling)?;
     let kept = memory.keep(prompt);
-    let rows = Rows::begin(Writer::Decoder(model), &prompts, sampling);
+    let rows = Rows::begin(Writer::Decoder(model), &prompts, &prompts, sampling);
     let cache = &mut memory.cache;
     let answers = tch::no_grad(|| rows.run(cache, kept, &mut |_, token| each(token)))?;
     let answer = answers.into_iter().next().expect("one prompt, one answer");
@@ -371,14 +374,24 @@ struct Row {
 }
 
 impl Rows<'_> {
-    fn begin<'a>(model: Writer<'a>, prompts: &[Vec<u32>], sampling: &'a Sampling) -> Rows<'a> {
-        let row = |prompt: &Vec<u32>| Row {
-            prompt: prompt.len(),
-            tokens: prompt.clone(),
-            random: ChaCha8Rng::seed_from_u64(sampling.seed),
-            stop: (sampling.max_new_tokens == 0).then_some(Stop::Length),
+    /// Answers begin with `prompts`, and are drawn for what was `asked`.
+    fn begin<'a>(
+        model: Writer<'a>,
+        prompts: &[Vec<u32>],
+        asked: &[Vec<u32>],
+        sampling: &'a Sampling,
+    ) -> Rows<'a> {
+        let counted = asked_before(asked);
+        let row = |(at, prompt): (usize, &Vec<u32>)| {
+            let before = sampling.asked_before.get(at).copied();
+            Row {
+                prompt: prompt.len(),
+                tokens: prompt.clone(),
+                random: randomness(sampling.seed, &asked[at], before.unwrap_or(counted[at])),
+                stop: (sampling.max_new_tokens == 0).then_some(Stop::Length),
+            }
         };
-        let rows: Vec<Row> = prompts.iter().map(row).collect();
+        let rows: Vec<Row> = prompts.iter().enumerate().map(row).collect();
         let live = (0..rows.len())
             .filter(|&i| rows[i].stop.is_none())
             .collect();
@@ -570,14 +583,22 @@ fn penalise(scores: &Tensor, seen: &[u32], penalty: f64) -> Result<(), TchError>
     Ok(())
 }
 
+/// Below this temperature scores of fp32 overflow, and the best one has all probability.
+const COLD: f64 = 1e-30;
+
 /// Temperature, top-k, top-p and min-p; scores and result: `[rows, vocab]`, −∞ where a token is out.
 fn warp(scores: &Tensor, it: &Sampling) -> Result<Tensor, TchError> {
     let out = f64::NEG_INFINITY;
+    if it.temperature < COLD {
+        let best = scores.f_amax([-1i64].as_slice(), true)?;
+        return scores.f_masked_fill(&scores.f_lt_tensor(&best)?, out);
+    }
     let mut scores = scores.f_div_scalar(it.temperature)?;
     let vocab = scores.size()[1];
-    if it.top_k > 0 && (it.top_k as i64) < vocab {
-        let (best, _) = scores.f_topk(it.top_k as i64, -1, true, true)?;
-        let last = best.narrow(-1, it.top_k as i64 - 1, 1);
+    let top_k = i64::try_from(it.top_k).unwrap_or(i64::MAX);
+    if top_k > 0 && top_k < vocab {
+        let (best, _) = scores.f_topk(top_k, -1, true, true)?;
+        let last = best.narrow(-1, top_k - 1, 1);
         scores = scores.f_masked_fill(&scores.f_lt_tensor(&last)?, out)?;
     }
     if it.top_p < 1.0 {
@@ -609,6 +630,27 @@ fn draw(scores: &Tensor, random: &[f64]) -> Result<Tensor, TchError> {
     let wanted = random * below.narrow(-1, last, 1);
     let at = wanted.f_searchsorted(&below, false, true, "right", None::<Tensor>)?;
     at.f_clamp_max(last)?.f_squeeze_dim(-1)
+}
+
+/// How often each of the prompts stands before itself.
+pub fn asked_before(prompts: &[Vec<u32>]) -> Vec<u64> {
+    let mut seen = HashMap::new();
+    let before = prompts.iter().map(|prompt| {
+        let times = seen.entry(prompt).or_insert(0);
+        *times += 1;
+        *times - 1
+    });
+    before.collect()
+}
+
+fn randomness(seed: u64, prompt: &[u32], asked_before: u64) -> ChaCha8Rng {
+    let mut hash = blake3::Hasher::new();
+    hash.update(&seed.to_le_bytes());
+    hash.update(&asked_before.to_le_bytes());
+    for id in prompt {
+        hash.update(&id.to_le_bytes());
+    }
+    ChaCha8Rng::from_seed(*hash.finalize().as_bytes())
 }
 
 /// Uniform in [0, 1), 53 bits.

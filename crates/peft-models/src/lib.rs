@@ -56,7 +56,8 @@ pub use checkpoint::Checkpoint;
 pub use convert::{Converted, convert};
 pub use decoder::Decoder;
 pub use generate::{
-    Answer, GenerateError, Memory, Sampling, Stop, converse, generate, generate_seq2seq,
+    Answer, GenerateError, Memory, Sampling, Stop, asked_before, converse, generate,
+    generate_seq2seq,
 };
 pub use input::Input;
 pub use loss::{IGNORE, causal_loss, head_loss, labelled};

@@ -152,6 +152,20 @@ fn a_draw_depends_on_the_seed_and_not_on_the_company() {
     }
     let other = generate(&*model, &prompts, &sampling(4), &mut quiet).unwrap();
     assert_ne!(together, other);
+
+    // What is asked again is answered anew, in one batch as in several.
+    let thrice = vec![prompts[0].clone(); 3];
+    let answers = generate(&*model, &thrice, &sampling(3), &mut quiet).unwrap();
+    assert_eq!(answers[0], together[0]);
+    assert!(answers[1] != answers[0] && answers[2] != answers[0] && answers[2] != answers[1]);
+    let second = Sampling {
+        asked_before: vec![1],
+        ..sampling(3)
+    };
+    assert_eq!(
+        generate(&*model, &thrice[..1], &second, &mut quiet).unwrap()[0],
+        answers[1]
+    );
 }
 
 #[test]
@@ -302,6 +316,15 @@ fn narrow_settings_draw_what_greedy_takes() {
     };
     for sampling in [
         Sampling { top_k: 1, ..hot() },
+        Sampling {
+            top_k: usize::MAX,
+            temperature: 1e-300,
+            ..hot()
+        },
+        Sampling {
+            temperature: 1e-31,
+            ..hot()
+        },
         Sampling {
             top_p: 1e-9,
             ..hot()

@@ -66,6 +66,17 @@ pub struct Run {
 
 const INFO: &str = "run.json";
 
+/// The process that writes a file of this name.
+fn writer(name: &str) -> Option<u32> {
+    let (begin, _) = name.rsplit_once(".partial")?;
+    begin.rsplit_once('.')?.1.parse().ok()
+}
+
+/// Where processes cannot be looked up, none is.
+fn is_running(process: u32) -> bool {
+    Path::new("/proc").join(process.to_string()).exists()
+}
+
 /// What a run writes: what `overwrite` may remove.
 const OURS: [&str; 9] = [
     INFO,
@@ -123,6 +134,23 @@ impl Run {
     pub fn open(dir: &Path) -> Result<Run> {
         let run = Run::at(dir);
         run.info().map(|_| run)
+    }
+
+    /// Removes what processes that were killed left half-written: `.NAME.PROCESS.partial`.
+    pub fn remove_partial(&self) -> Result<()> {
+        for dir in ["", "adapter", "best", "checkpoint"] {
+            let Ok(entries) = fs::read_dir(self.dir.join(dir)) else {
+                continue;
+            };
+            for path in entries.flatten().map(|it| it.path()) {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                let left = name.starts_with('.') && writer(&name).is_some_and(|it| !is_running(it));
+                if left && path.is_file() {
+                    fs::remove_file(&path).map_err(Error::io(&path))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Whether a folder looks like that of a run.
@@ -192,5 +220,35 @@ fn remove(path: &Path) -> Result<()> {
     match gone {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(error)),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_killed_processes_left_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::create_dir(path("best")).unwrap();
+        let mine = format!(".log.{}.partial", std::process::id());
+        // No process has the largest number.
+        let left = [
+            ".loss.4294967295.partial.png",
+            "best/.a.b.4294967295.partial",
+        ];
+        let kept = [
+            &mine,
+            "config.yaml",
+            "best/.a.partial",
+            "loss.4294967295.partial",
+        ];
+        for name in left.iter().chain(&kept) {
+            fs::write(path(name), "x").unwrap();
+        }
+        Run::at(dir.path()).remove_partial().unwrap();
+        assert!(left.iter().all(|name| !path(name).exists()));
+        assert!(kept.iter().all(|name| path(name).exists()));
     }
 }

@@ -164,6 +164,8 @@ const ALIASES: [(&str, &str); 3] = [
 
 /// The part of the steps over which the learning rate rises where nothing is said.
 const WARMUP: f64 = 0.03;
+/// A batch is at most so wide for its width's sake.
+const WIDEST: usize = 1 << 16;
 
 impl Settings {
     /// Training mode, as these settings have it.
@@ -288,6 +290,10 @@ impl Settings {
         )?;
         not_negative("early_stopping_threshold", self.early_stopping_threshold)?;
         at_least_one("pad_to_multiple_of", self.pad_to_multiple_of)?;
+        if self.pad_to_multiple_of > WIDEST {
+            let reason = format!("{} is beyond {WIDEST}", self.pad_to_multiple_of);
+            return Err(Error::setting("pad_to_multiple_of", reason));
+        }
         if i64::try_from(self.seed).is_err() {
             return Err(Error::setting(
                 "seed",
@@ -375,6 +381,7 @@ mod tests {
             json!({"lr_scheduler_kwargs": {"cycles": 2}}),
             json!({"logging_steps": "often"}),
             json!({"gradient_checkpointing": 1}),
+            json!({"pad_to_multiple_of": 1u64 << 63}),
         ];
         for json in bad {
             let key = json

@@ -334,6 +334,7 @@ fn is_of_all(key: &str) -> bool {
         "eval_steps",
         "model",
         "task",
+        "problem_type",
         "data",
         "validation",
         "format",

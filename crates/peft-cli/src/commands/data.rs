@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use console::style;
 use peft::{
-    data::{Options, TaskOptions, pieces, prepare_task},
+    data::{Options, Problem, TaskOptions, pieces, prepare_task},
     models::Task,
 };
 
@@ -127,7 +127,9 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
     let tokenizer = sources.tokenizer()?;
     let options = TaskOptions::of(task.name().parse()?);
     let length = row_length(&sources.base, args.max_length, options.max_length)?;
-    let options = options.with_max_length(length);
+    let mut options = options.with_max_length(length);
+    let numbers = sources.predicts_numbers(task)?;
+    options.problem = numbers.then_some(Problem::Regression);
     let data = prepare_task(&args.data, &tokenizer, &options, &|_| {})?;
     println!("  {} {task}", style(format!("{:<10}", "task")).bold());
     describe_task("data", &data, options.max_length);

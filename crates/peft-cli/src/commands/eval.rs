@@ -157,6 +157,9 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
     // A head for numbers has names for its outputs, too, but they are no classes.
     let classes = model.classes();
     let numbers = |it: &Classes| it.problem == Some(Problem::Regression) || it.names.len() == 1;
+    if classes.is_some_and(numbers) && task == Task::SeqCls {
+        options.problem = Some(peft::data::Problem::Regression);
+    }
     let classes = classes.filter(|it| !numbers(it));
     options.classes = classes.map(|it| it.names.clone());
     for file in &args.data {

@@ -13,7 +13,7 @@ use console::style;
 use peft::{
     core::ModelExt,
     data::{Message, Tokenizer},
-    models::{Memory, Sampling, Task},
+    models::{Memory, Sampling, Task, asked_before},
 };
 use serde::Deserialize;
 
@@ -136,8 +136,14 @@ impl Batches<'_> {
     /// Answers and prints; the ids are those of the prompts.
     fn answer(&self, writer: Writer<'_>, ids: &[Vec<u32>]) -> Result<()> {
         let mut all = Vec::new();
-        for (prompts, ids) in self.prompts.chunks(self.size).zip(ids.chunks(self.size)) {
-            let replies = answers(writer, self.tokenizer, ids, self.sampling, self.stops)
+        let before = asked_before(ids);
+        let batches = ids.chunks(self.size).zip(before.chunks(self.size));
+        for (prompts, (ids, before)) in self.prompts.chunks(self.size).zip(batches) {
+            let sampling = Sampling {
+                asked_before: before.to_vec(),
+                ..self.sampling.clone()
+            };
+            let replies = answers(writer, self.tokenizer, ids, &sampling, self.stops)
                 .with_context(|| format!("prompts from {}", prompts[0].place))?;
             for (prompt, reply) in prompts.iter().zip(&replies) {
                 match (self.json, self.prompts.len()) {

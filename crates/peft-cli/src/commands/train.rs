@@ -339,7 +339,11 @@ pub(crate) fn run(args: Args) -> Result<()> {
         return Ok(());
     }
     let from = match &args.resume {
-        Some(_) => Some(resumable(&run)?),
+        Some(_) => {
+            let from = resumable(&run)?;
+            run.remove_partial()?;
+            Some(from)
+        }
         None => {
             Run::create(run.dir(), args.overwrite).map_err(|error| {
                 anyhow::Error::from(error).context("`--out` names the run folder")
@@ -812,6 +816,15 @@ impl Loaded {
         classes: Option<Vec<String>>,
     ) -> Result<Loaded> {
         let recipe = &plan.recipe;
+        if let Some(name) = recipe
+            .problem_type
+            .as_ref()
+            .filter(|_| task != Task::SeqCls)
+        {
+            return Err(usage(format!(
+                "setting `problem_type`: {name} says what is predicted of a text (SEQ_CLS), the task is {task}"
+            )));
+        }
         let length = |usual: usize| row_length(&sources.base, recipe.max_length, usual);
         let own_files = match &recipe.validation {
             Validation::Files(files) => Some(files),
@@ -840,10 +853,20 @@ impl Loaded {
         let length = length(options.max_length)?;
         let mut options = options.with_max_length(length);
         options.mask_seed = plan.settings.seed;
-        options.classes = classes;
+        options.problem = match (&recipe.problem_type, sources.predicts_numbers(task)?) {
+            (Some(name), _) => Some(
+                name.parse()
+                    .map_err(|error| setting("problem_type", error))?,
+            ),
+            (None, true) => Some(peft::data::Problem::Regression),
+            (None, false) => None,
+        };
+        options.classes =
+            classes.filter(|_| options.problem != Some(peft::data::Problem::Regression));
         let data = prepare_task(&recipe.data, tokenizer, &options, &|_| {})?;
-        // What is held out has the classes of what is learnt.
+        // What is held out has the classes of what is learnt, and is of its kind.
         options.classes = (!data.classes().is_empty()).then(|| data.classes().to_vec());
+        options.problem = data.problem();
         let held_out = own_files.map(|files| prepare_task(files, tokenizer, &options, &|_| {}));
         Ok(Loaded {
             max_length: options.max_length,
@@ -1401,6 +1424,10 @@ fn more(task: Task, head: &HeadOptions) -> serde_json::Map<String, Value> {
         map.insert("pad_token_id".into(), pad.into());
     }
     map
+}
+
+fn setting(key: &str, error: peft::data::Error) -> anyhow::Error {
+    usage(format!("setting `{key}`: {error}"))
 }
 
 /// Where the head has another number of outputs than the rows, that is what is wrong.

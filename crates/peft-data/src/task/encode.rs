@@ -44,6 +44,20 @@ impl Cutter {
         )
     }
 
+    /// Cuts lists of words: see [`Cutter::words`].
+    pub(crate) fn lists(tokenizer: &Tokenizer, name: &str, max_length: usize) -> Result<Self> {
+        let mut cutter = Self::texts(tokenizer, name, max_length)?;
+        match cutter.plain.get_pre_tokenizer() {
+            Some(PreTokenizerWrapper::ByteLevel(it)) => {
+                let it = it.add_prefix_space(true);
+                cutter.plain.with_pre_tokenizer(Some(it));
+            }
+            Some(it) => cutter.blank = lacks_blank(it),
+            None => {}
+        }
+        Ok(cutter)
+    }
+
     /// Cuts the second of a pair into windows that overlap by `stride` tokens.
     pub(crate) fn windows(
         tokenizer: &Tokenizer,
@@ -99,7 +113,7 @@ impl Cutter {
         plain.with_post_processor(None::<PostProcessorWrapper>);
         cut.with_truncation(Some(params)).map_err(refused)?;
         Ok(Self {
-            blank: plain.get_pre_tokenizer().is_some_and(lacks_blank),
+            blank: false,
             plain,
             cut,
             max_length,
@@ -137,8 +151,8 @@ impl Cutter {
 
     /// Words: `get_word_ids` of the result says which word a token is of.
     ///
-    /// A byte-level tokenizer knows a word by the blank before it, so there each word gets one.
-    /// (`transformers` asks for `add_prefix_space=True` here.)
+    /// A byte-level tokenizer knows a word by the blank before it, so there each word gets one, but for special tokens.
+    /// (`transformers` asks for `add_prefix_space=True` here.) Where other steps split a word before, the blank is put in front of all.
     pub(crate) fn words(&self, words: &[String]) -> Result<Encoding> {
         let words = words.iter().map(|word| match self.blank {
             true => format!(" {word}"),

@@ -402,7 +402,7 @@ impl Maker<'_> {
 
     /// A class for each word.
     fn words(&mut self) -> Result<TaskDataset> {
-        let cutter = Cutter::texts(self.tokenizer, "max_length", self.options.max_length)?;
+        let cutter = Cutter::lists(self.tokenizer, "max_length", self.options.max_length)?;
         let mut placed: Vec<(usize, &Label)> = Vec::new();
         let mut starts = Vec::new();
         for (at, read) in self.examples.iter().enumerate() {

@@ -42,6 +42,9 @@ pub(crate) struct Recipe {
     pub(crate) model: String,
     /// The task, by the name that `peft` has for it; found out where not given.
     pub(crate) task: Option<String>,
+    /// What labels of whole texts are: `single_label_classification`, `multi_label_classification` or `regression`; read off the
+    /// model and the labels where not given.
+    pub(crate) problem_type: Option<String>,
     /// Files to train on.
     pub(crate) data: Vec<PathBuf>,
     /// What is held out.
@@ -115,6 +118,7 @@ impl Default for Recipe {
         Recipe {
             model: String::new(),
             task: None,
+            problem_type: None,
             data: Vec::new(),
             validation: Validation::Part(0.1),
             format: None,
