@@ -306,6 +306,44 @@ pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
+/// The filter `indent(width=4, first=False, blank=False)`, which leaves a last empty line where there is one.
+pub(crate) fn indent(
+    text: &str,
+    width: Option<Value>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    kwargs: Kwargs,
+) -> Result<String, Error> {
+    let width = match width {
+        None => kwargs.get::<Option<Value>>("width")?,
+        width => width,
+    };
+    let first = first.or(kwargs.get("first")?).unwrap_or(false);
+    let blank = blank.or(kwargs.get("blank")?).unwrap_or(false);
+    kwargs.assert_all_used()?;
+    let by = match width {
+        None => " ".repeat(4),
+        Some(width) => match width.as_str() {
+            Some(text) => text.to_owned(),
+            None => {
+                " ".repeat(usize::try_from(i64::try_from(width)?.clamp(0, MAX_INDENT)).unwrap_or(0))
+            }
+        },
+    };
+    let mut out = String::new();
+    for (at, line) in text.replace("\r\n", "\n").split('\n').enumerate() {
+        out.push_str(if at > 0 { "\n" } else { "" });
+        let moved = if at > 0 {
+            blank || !line.is_empty()
+        } else {
+            first
+        };
+        out.push_str(if moved { &by } else { "" });
+        out.push_str(line);
+    }
+    Ok(out)
+}
+
 /// The filter `trim`: `str.strip`, of blanks or of given characters.
 pub(crate) fn trim(value: &Value, chars: Option<&str>) -> Result<String, Error> {
     let text = text(value)?;

@@ -32,6 +32,7 @@ use serde_json::{Map, Value};
 use crate::error::{Error, Result};
 use crate::format::Example;
 use crate::message::Message;
+use crate::python::is_space;
 use crate::template::{RenderOptions, variables};
 use crate::tokenizer::{Tokenizer, common_prefix};
 
@@ -331,10 +332,13 @@ impl<'a> Conversation<'a> {
         {
             return Ok(self.trim_end(k, full, start, so_far.len()));
         }
-        if self.messages[k].content.is_empty() {
-            return self.end_of_call(k, full, start);
-        }
-        let other = self.nudged(k, |content| format!("{content}\u{1}"))?;
+        let calls = self.messages[k].extra.contains_key("tool_calls");
+        let other = match self.nudged(k, |content| format!("{content}\u{1}")) {
+            // Beside calls of tools some templates write no text.
+            Ok(other) if calls && other == full => return self.end_of_call(k, full, start),
+            Err(_) if calls => return self.end_of_call(k, full, start),
+            other => other?,
+        };
         let same = common_suffix(&other, full);
         if other.len() == same || full.len() < same {
             return Err(self.lost(k));
@@ -342,7 +346,6 @@ impl<'a> Conversation<'a> {
         let content_end = full.len() - same;
         let after = &full[content_end..];
         let ends = self.tokenizer.special_contents();
-        let calls = self.messages[k].extra.contains_key("tool_calls");
         let end_token = ends
             .iter()
             .filter_map(|token| Some((after.find(token.as_str())?, token.len())))
@@ -384,7 +387,7 @@ impl<'a> Conversation<'a> {
         };
         // What looks like a token may be part of what was said.
         let content = &self.messages[k].content;
-        let said = [content.as_str(), content.trim()]
+        let said = [content.as_str(), content.trim_matches(is_space)]
             .into_iter()
             .filter(|it| !it.is_empty())
             .find_map(|it| Some(turn.find(it)? + it.len()))
@@ -405,15 +408,23 @@ impl<'a> Conversation<'a> {
 
     /// The whole conversation with another content in turn `k`.
     fn nudged(&self, k: usize, change: impl Fn(&str) -> String) -> Result<String> {
-        let message = &self.messages[k];
-        if message.extra.contains_key("content") || message.content.is_empty() {
+        let mut message = self.messages[k].clone();
+        if message.extra.contains_key("content") {
             return Err(self.lost(k));
         }
-        let mut message = message.clone();
+        let silent = message.content.is_empty();
+        if silent && message.extra.contains_key("tool_calls") {
+            return Err(self.lost(k));
+        }
         message.content = change(&message.content);
         let mut seen = self.seen.clone();
         seen[k] = message.to_template();
-        self.render(seen, false)
+        let other = self.render(seen, false)?;
+        // A template may write something else altogether where nothing was said.
+        match silent && self.render(self.seen.clone(), false)? != other.replace('\u{1}', "") {
+            true => Err(self.lost(k)),
+            false => Ok(other),
+        }
     }
 
     fn lost(&self, k: usize) -> Error {

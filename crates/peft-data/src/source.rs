@@ -1,6 +1,6 @@
 //! A data file as a run of rows, each with its line.
 //!
-//! Three shapes hold rows: JSONL (one object a line), JSON (one list of
+//! Three shapes hold rows: JSONL (one object a line, also where the name ends with `.json`), JSON (one list of
 //! objects) and tables (CSV and TSV, see [`crate::table`]); plain text has none.
 //! Which one it is, the file name's ending says: guessing from the content would
 //! read a broken JSON file as prose and train on it. A byte order mark, CRLF and
@@ -103,10 +103,21 @@ impl Source {
         if source.text_bytes().iter().all(u8::is_ascii_whitespace) {
             return Err(Error::file(path, "empty, there is no row in it"));
         }
+        if source.shape == Shape::List && source.begins_with_a_row() {
+            source.shape = Shape::Lines;
+        }
         if let Shape::Table { delimiter } = source.shape {
             source.table = Some(Table::of(path, source.text_bytes(), delimiter)?);
         }
         Ok(source)
+    }
+
+    /// Whether its first line is an object: many a `.json` is JSONL.
+    fn begins_with_a_row(&self) -> bool {
+        let first = self.text_bytes().trim_ascii_start();
+        let line = first.split(|it| *it == b'\n').next().unwrap_or_default();
+        let object = serde_json::from_slice::<serde_json::Map<_, serde_json::Value>>(line);
+        object.is_ok()
     }
 
     /// All bytes, as they are on disk.

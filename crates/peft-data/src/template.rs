@@ -63,6 +63,7 @@ impl ChatTemplate {
         env.add_function("strftime_now", strftime_now);
         env.add_function("__generation__", generation);
         env.add_filter("trim", python::trim);
+        env.add_filter("indent", python::indent);
         env.add_filter("string", python::text);
         env.add_test("sequence", is_sequence);
         env.add_test("iterable", is_iterable);
@@ -200,9 +201,25 @@ fn raise_exception(message: String) -> Result<String, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
 }
 
-/// The local time in Python's `strftime` format.
+/// The local time in Python's `strftime` format: microseconds, and no zone, which `datetime.now()` has not.
 fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
-    let items = chrono::format::StrftimeItems::new(format)
+    let mut pythons = String::new();
+    let mut rest = format;
+    while let Some(at) = rest.find('%') {
+        pythons.push_str(&rest[..at]);
+        let (directive, after) = match rest[at..].char_indices().nth(2) {
+            Some((end, _)) => rest[at..].split_at(end),
+            None => (&rest[at..], ""),
+        };
+        pythons.push_str(match directive {
+            "%f" => "%6f",
+            "%Z" | "%z" => "",
+            other => other,
+        });
+        rest = after;
+    }
+    pythons.push_str(rest);
+    let items = chrono::format::StrftimeItems::new(&pythons)
         .parse()
         .map_err(|_| {
             minijinja::Error::new(
@@ -494,6 +511,17 @@ mod tests {
             r#"[1, 2.5, 1e+20, "a'b", 'c"\'', 'x\xa0\u200b\ufeff\u2028\n\té', True, None, {'k': 0.1}, (1,), (1, 2.0)]"#,
         );
         check("{{ [0.5] | string ~ 'x' }}", "[0.5]x");
+        check(
+            "{{ 'a\n\nb\n' | indent(2, true) }}|{{ 'a\n\nb' | indent(width=1, blank=true) }}|{{ 'a\nb' | indent('> ') }}",
+            "  a\n\n  b\n|a\n \n b|a\n> b",
+        );
+        let now = compile("{{ strftime_now('%Z%z|%f|%%f') }}")
+            .render_values(BTreeMap::new())
+            .unwrap();
+        assert!(
+            now.starts_with('|') && now.ends_with("|%f") && now.len() == 10,
+            "{now}"
+        );
         check(
             "{{ '\u{1f} a\u{1c}' | trim }}|{{ '\u{1d} b '.strip() }}|{{ ' a\u{1e}b '.split() }}|{{ 'xxaxx' | trim('x') }}|{{ 5 | trim }}",
             "a|b|['a', 'b']|a|5",

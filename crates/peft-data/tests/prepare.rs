@@ -174,6 +174,20 @@ fn a_reply_may_end_with_the_text_of_a_token() {
     }
 }
 
+/// An empty reply in the middle is found by what stands where it would, and calls of tools beside a text by what ends them.
+#[test]
+fn replies_that_templates_leave_out() {
+    let row = r#"{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "Two."}]}"#;
+    for template in ["chatml", "thinking", "inst"] {
+        let trained = shown_by(template, row).replace("<think>\n\n</think>\n\n", "");
+        assert_eq!(
+            trained.replace(' ', ""),
+            "<|im_end|>|Two.<|im_end|>",
+            "{template}"
+        );
+    }
+}
+
 /// A turn that calls tools has a content where the row has one.
 #[test]
 fn an_empty_content_is_one() {
@@ -269,6 +283,9 @@ fn tables_hold_the_same_rows() {
     let lines = load(&tokenizer, "rows.jsonl", row, &Options::default()).unwrap();
     assert_eq!(table.get(0).unwrap().ids, lines.get(0).unwrap().ids);
     assert_eq!(table.files()[0].format, "alpaca");
+    let lines = "{\"text\": \"a\"}\n{\"text\": \"b\"}\n";
+    let lines = load(&tokenizer, "lines.json", lines, &Options::default());
+    assert_eq!(lines.unwrap().len(), 2);
     let rows = "prompt\tcompletion\na\tb\nc\td\n";
     assert_eq!(
         load(&tokenizer, "rows.tsv", rows, &Options::default())
@@ -337,7 +354,7 @@ fn errors_name_file_line_and_the_nearest() {
         "[{\"text\": \"a\"},\n{\"text\": 1}]",
         &["rows.json:2", "number"],
     );
-    refuses("rows.json", "{\"text\": \"a\"}", &["rows.json:1", "list"]);
+    refuses("rows.json", "{\"text\":\n \"a\"}", &["rows.json:1", "list"]);
     refuses(
         "rows.jsonl",
         format!("{{\"text\": {}}}", "[".repeat(9000)),

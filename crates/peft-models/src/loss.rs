@@ -277,6 +277,8 @@ fn problem(classes: &Classes, labels: &Labels) -> Result<Problem> {
 /// A label that lies outside of the text counts for nothing, and so the two means may go over different numbers of rows:
 /// the sum is then scaled to the larger.
 /// Scores may have more positions in front of those of the text.
+///
+/// Padding takes part in the softmax, as in `transformers`: how wide a batch is shows in its loss.
 pub(crate) fn span_loss(
     scores: &[Tensor; 2],
     labels: [&Tensor; 2],

@@ -10,7 +10,8 @@
 //! so four batches of two rows give what one batch of eight gives, also where
 //! rows differ in length and in the short window at the end of an epoch. T is
 //! counted from the labels before anything runs; averaging the means of the
-//! batches instead would weigh tokens of short batches more.
+//! batches instead would weigh tokens of short batches more. (Extractive answers alone depend on the width of a batch, here as in
+//! `transformers`: padding is among the places where an answer could begin.)
 //!
 //! A method may add a term to L and act after each step ([`peft_core::Schedule`]); the term is not part of the losses that are
 //! reported, so that methods can be compared.

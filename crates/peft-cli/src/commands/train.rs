@@ -496,6 +496,11 @@ pub(crate) fn task_for(asked: Option<&str>, data: &[PathBuf], sources: &Sources)
     };
     let fits: Vec<Task> = found.fits.iter().filter_map(|it| model_task(*it)).collect();
     let meant = found.task.and_then(model_task);
+    // Texts alone are for hidden words; of a classifier they are rows whose labels are missing, which is said of the first.
+    let own = crate::sources::task_of(&sources.base.config()?);
+    if let (Some(Task::MaskedLm), Some(own @ (Task::SeqCls | Task::TokenCls))) = (meant, own) {
+        return Ok(own);
+    }
     if let Some(task) = meant.filter(|it| offered.contains(it)) {
         return Ok(task);
     }
