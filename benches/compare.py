@@ -3,7 +3,7 @@
     target/python/bin/python benches/compare.py --jobs target/debug/jobs --out benches/results
 
 Three runners: ours; Python as people run it; Python tuned with two switches that few know (fp32 products
-through oneDNN, an allocator that keeps freed blocks). A round runs each of them once; medians are over all
+through oneDNN where it does not take them for bf16, an allocator that keeps freed blocks). A round runs each of them once; medians are over all
 samples of all rounds. Ratios below 1 mean that ours is faster, or smaller.
 
 `--only PART` measures what has PART in its name: `steps`, `methods`, and `qlora`, which are steps over a base in 4 bits

@@ -7,7 +7,7 @@
 //! held here as one batch: two large products forward, four backward, and one
 //! pass for the softmax. Sums are fp32 in either case, also for bf16.
 
-use crate::{Function, apply, fast_fp32, ffi};
+use crate::{Function, apply, ffi, linear::fast_batches};
 use tch::{Device, Kind, TchError, Tensor};
 
 /// Scores of one call that may be held, in bytes.
@@ -119,7 +119,7 @@ fn unbatch(t: Tensor, b: i64, groups: i64, kind: Kind) -> Tensor {
 }
 
 fn product(a: &Tensor, b: &Tensor) -> Tensor {
-    ffi::bmm(a, b, fast_fp32()).expect("batches that fit")
+    ffi::bmm(a, b, fast_batches()).expect("batches that fit")
 }
 
 /// `[batch, n, heads, d] -> [batch, heads, n, d]`, the heads of keys and values repeated to those of the queries.

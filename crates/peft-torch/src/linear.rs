@@ -87,6 +87,24 @@ pub fn fast_fp32() -> bool {
     switch().load(Ordering::Relaxed)
 }
 
+/// Whether batches of products do. The only switch by which libtorch sends them there also allows bf16, which oneDNN uses where a
+/// processor has AMX.
+pub(crate) fn fast_batches() -> bool {
+    fast_fp32() && !has_amx()
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_amx() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    const AMX_BF16: u32 = 1 << 22;
+    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & AMX_BF16 != 0
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn has_amx() -> bool {
+    false
+}
+
 /// Overrides the rule. Changes the last bits of results: set it once, at the start.
 pub fn set_fast_fp32(on: bool) {
     switch().store(on && ffi::has_onednn(), Ordering::Relaxed);
