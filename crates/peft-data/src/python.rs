@@ -50,10 +50,7 @@ pub(crate) fn tojson(
     let indent = match argument(indent, "indent")? {
         None => None,
         Some(text) if text.as_str().is_some() => text.as_str().map(str::to_owned),
-        Some(count) => {
-            let count = i64::try_from(count)?.clamp(0, MAX_INDENT);
-            Some(" ".repeat(usize::try_from(count).unwrap_or(0)))
-        }
+        Some(count) => Some(blanks(count)?),
     };
     let (comma, colon) = match argument(separators, "separators")? {
         None if indent.is_some() => (",".to_owned(), ": ".to_owned()),
@@ -86,6 +83,13 @@ pub(crate) fn tojson(
 
 /// Blanks per level that anyone could mean.
 const MAX_INDENT: i64 = 64;
+
+/// So many blanks as a template asks for.
+fn blanks(count: Value) -> Result<String, Error> {
+    let count = i64::try_from(count)?.clamp(0, MAX_INDENT);
+    Ok(" ".repeat(usize::try_from(count).unwrap_or(0)))
+}
+
 /// Nesting that Python's recursion limit would also refuse, more or less.
 const MAX_DEPTH: usize = 200;
 
@@ -325,9 +329,7 @@ pub(crate) fn indent(
         None => " ".repeat(4),
         Some(width) => match width.as_str() {
             Some(text) => text.to_owned(),
-            None => {
-                " ".repeat(usize::try_from(i64::try_from(width)?.clamp(0, MAX_INDENT)).unwrap_or(0))
-            }
+            None => blanks(width)?,
         },
     };
     let mut out = String::new();

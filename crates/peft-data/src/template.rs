@@ -235,9 +235,8 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
 /// Python's strings and dictionaries have a length and items, so Jinja2 calls them sequences too; what is not defined
 /// has both as well.
 fn is_sequence(value: &Value) -> bool {
-    use ValueKind as Kind;
-    let kind = value.kind();
-    matches!(kind, Kind::Seq | Kind::String | Kind::Map | Kind::Undefined)
+    use ValueKind::{Map, Seq, String, Undefined};
+    matches!(value.kind(), Seq | String | Map | Undefined)
 }
 
 /// minijinja goes through `none` as well, Python does not.
