@@ -20,6 +20,8 @@ fn main() {
         .std("c++17")
         .warnings(false)
         .opt_level(3)
+        // libtorch's headers make 50 MB of it, which every program and every test would carry.
+        .debug(false)
         .include(&include)
         .include(include.join("torch/csrc/api/include"));
     if linux {

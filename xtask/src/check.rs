@@ -4,7 +4,7 @@
 //! install, and the cheap ones come first. All of them share one profile, so that the bindings to libtorch are
 //! compiled once.
 
-use crate::{libtorch, model, run, tidy, ui};
+use crate::{libtorch, model, paths, run, tidy, ui};
 use anyhow::{Context, Result};
 use std::process::Command;
 
@@ -88,10 +88,27 @@ pub(crate) fn ci() -> Result<()> {
     ];
     for (number, (title, check)) in steps.iter().enumerate() {
         ui::step(number + 1, steps.len(), title);
-        check().with_context(|| format!("{} did not pass", title.to_lowercase()))?;
+        check().with_context(|| match free_space() {
+            Some(bytes) if bytes < ROOM_TO_LINK => format!(
+                "{} did not pass; the disk of {} is full, which linkers report as a bus error",
+                title.to_lowercase(),
+                paths::root().display()
+            ),
+            _ => format!("{} did not pass", title.to_lowercase()),
+        })?;
     }
     println!("\n{}", ui::bold("All checks passed"));
     Ok(())
+}
+
+/// With less, a program of a hundred megabytes may not fit while two are linked at once.
+const ROOM_TO_LINK: u64 = 1 << 30;
+
+/// Bytes that are free where this repository lies, if the system tells.
+fn free_space() -> Option<u64> {
+    let table = run::output(Command::new("df").arg("-Pk").arg(paths::root())).ok()?;
+    let kib = table.lines().nth(1)?.split_whitespace().nth(3)?;
+    kib.parse::<u64>().ok().map(|kib| kib * 1024)
 }
 
 type Step = fn() -> Result<()>;

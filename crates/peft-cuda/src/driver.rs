@@ -27,6 +27,7 @@ pub(crate) struct Device {
     context: Context,
     arch: u32,
     processors: u32,
+    evicts: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -79,7 +80,7 @@ pub fn devices() -> Result<i32> {
 }
 
 /// The calls that are made. cudarc looks each up when it is first made, and panics where it is not.
-const CALLS: [&CStr; 18] = [
+const CALLS: [&CStr; 20] = [
     c"cuInit",
     c"cuDeviceGet",
     c"cuDeviceGetCount",
@@ -93,6 +94,8 @@ const CALLS: [&CStr; 18] = [
     c"cuGetErrorString",
     c"cuMemcpyHtoDAsync_v2",
     c"cuMemcpyDtoDAsync_v2",
+    c"cuMemAllocManaged",
+    c"cuMemFree_v2",
     c"cuStreamSynchronize",
     c"cuEventCreate",
     c"cuEventRecord",
@@ -172,6 +175,7 @@ impl Device {
             context: Context(context),
             arch: major * 10 + minor,
             processors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            evicts: attribute(Attribute::CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS)? != 0,
         })
     }
 
@@ -268,6 +272,31 @@ impl Device {
                 sys::cuMemcpyDtoDAsync_v2(at, from.address(), bytes, stream.raw().cast())
             };
             check("cuMemcpyDtoDAsync", code)
+        })
+    }
+
+    /// The address of so many new bytes, more than none, whose pages move between the device and main memory.
+    pub(crate) fn managed(&self, bytes: usize) -> Result<u64> {
+        if !self.evicts {
+            return Err(Error::Unmovable {
+                ordinal: self.ordinal,
+            });
+        }
+        self.within(|| {
+            let mut address = 0;
+            let global = sys::CUmemAttach_flags::CU_MEM_ATTACH_GLOBAL as u32;
+            // SAFETY: writes one address.
+            let code = unsafe { sys::cuMemAllocManaged(&mut address, bytes, global) };
+            check("cuMemAllocManaged", code)?;
+            Ok(address)
+        })
+    }
+
+    /// Gives back what [`managed`](Self::managed) gave, once the device has done everything.
+    pub(crate) fn free(&self, address: u64) -> Result<()> {
+        self.within(|| {
+            // SAFETY: an address that `managed` gave, for the caller frees it once. The driver waits for kernels that use it.
+            check("cuMemFree", unsafe { sys::cuMemFree_v2(address) })
         })
     }
 

@@ -18,6 +18,14 @@ pub enum Error {
         /// How many there are.
         count: i32,
     },
+    /// The driver cannot move memory away from this device while it is in use.
+    #[error(
+        "GPU {ordinal} has no memory that the driver moves under pressure (concurrent managed access)"
+    )]
+    Unmovable {
+        /// Which.
+        ordinal: i32,
+    },
     /// The compiler is not on this machine.
     #[error(
         "no NVRTC to compile kernels with, looked at [{}]; `pip install nvidia-cuda-nvrtc` brings one, PEFT_NVRTC names its libnvrtc.so",

@@ -47,6 +47,6 @@ pub use driver::devices;
 pub use encode::{nest, quantise};
 pub use error::{Error, Result};
 pub use kernels::{compile, prepare};
-pub use memory::{Memory, Number};
+pub use memory::{Managed, Memory, Number};
 pub use stream::Stream;
 pub use weight::{MOST_ROWS, Scales, Weight};

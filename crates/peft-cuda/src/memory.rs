@@ -1,8 +1,11 @@
-//! Memory of a GPU: an address and a length.
+//! Memory of a GPU: an address and a length, the caller's or shared with main memory.
 
 use std::marker::PhantomData;
 
-use crate::error::{Error, Result};
+use crate::{
+    driver::{self, Device},
+    error::{Error, Result},
+};
 
 /// A format of numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -89,5 +92,48 @@ impl Memory<'_> {
             });
         }
         Ok(self.address)
+    }
+}
+
+/// Memory of a GPU and of the machine at once (CUDA's unified memory): the driver keeps a page where it was used last, and moves those
+/// that were not used for long to main memory when the GPU is full. Freed when dropped.
+///
+/// For what a step uses once, as an optimiser's moments: with them out of the way a step that would not fit does.
+#[derive(Debug)]
+pub struct Managed {
+    device: &'static Device,
+    address: u64,
+    bytes: usize,
+}
+
+impl Managed {
+    /// So many new bytes, more than none, of a device; what is in them is undefined.
+    ///
+    /// # Errors
+    /// If there is no such device, it cannot move pages ([`Error::Unmovable`]), or main memory is full, too.
+    pub fn new(bytes: usize, ordinal: i32) -> Result<Managed> {
+        let device = driver::device(ordinal)?;
+        Ok(Managed {
+            device,
+            address: device.managed(bytes)?,
+            bytes,
+        })
+    }
+
+    /// Where it begins.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// How long it is.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for Managed {
+    fn drop(&mut self) {
+        // It cannot fail but by a kernel that has failed before, which whoever waits for it is told.
+        let _ = self.device.free(self.address);
     }
 }

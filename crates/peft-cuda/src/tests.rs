@@ -19,7 +19,7 @@ use crate::{
     encode::{encoded, nested},
     error::Error,
     kernels::{Launch, Source, THREADS},
-    memory::{Memory, Number},
+    memory::{Managed, Memory, Number},
     weight::{Scales, Weight},
 };
 
@@ -865,4 +865,25 @@ fn what_does_not_fit_is_refused() {
             .unwrap()
             .is_none()
     );
+}
+
+/// On a machine with a GPU it gives pages, on all others it says what is missing.
+#[test]
+fn managed_memory_is_had_or_refused() {
+    match crate::devices() {
+        Ok(count) if count > 0 => {
+            let pages: Vec<Managed> = (0..3).map(|_| Managed::new(5000, 0).unwrap()).collect();
+            assert!(
+                pages
+                    .iter()
+                    .all(|it| it.address() != 0 && it.bytes() == 5000)
+            );
+            assert_ne!(pages[0].address(), pages[1].address());
+        }
+        Ok(count) => {
+            let none = Error::NoDevice { ordinal: 0, count };
+            assert_eq!(Managed::new(8, 0).unwrap_err(), none);
+        }
+        Err(error) => assert_eq!(Managed::new(8, 0).unwrap_err(), error),
+    }
 }

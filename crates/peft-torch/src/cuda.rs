@@ -10,6 +10,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use tch::{Device, Kind, TchError, Tensor};
+
+use crate::ffi;
+
 /// Why there is no CUDA.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -63,6 +67,33 @@ pub fn bytes(tensor: &tch::Tensor) -> Option<(u64, usize)> {
     let dense = tensor.device().is_cuda() && tensor.is_contiguous();
     let len = tensor.numel() * tensor.kind().elt_size_in_bytes();
     dense.then(|| (tensor.data_ptr().expose_provenance() as u64, len))
+}
+
+/// A tensor over memory of a GPU that `owner` holds, until the tensor and its views are gone. `address` is that of the first of
+/// `bytes` bytes; what is in them is the tensor's to write.
+///
+/// # Safety
+/// `owner` must keep the memory on device `ordinal` as long as it lives, and nobody else may use it meanwhile.
+///
+/// # Errors
+/// If the length is not that of `shape` and `kind`, the address is not aligned, or libtorch does not find it on the device.
+pub unsafe fn borrow<O: Send + 'static>(
+    (address, bytes): (u64, usize),
+    shape: &[i64],
+    kind: Kind,
+    ordinal: usize,
+    owner: O,
+) -> Result<Tensor, TchError> {
+    let size = kind.elt_size_in_bytes();
+    let wanted = shape.iter().try_fold(size as i64, |n, &d| n.checked_mul(d));
+    if wanted != Some(bytes as i64) || !address.is_multiple_of(size as u64) {
+        return Err(TchError::Shape(format!(
+            "{bytes} bytes at {address:#x} are no {kind:?} tensor of shape {shape:?}"
+        )));
+    }
+    let place = std::ptr::with_exposed_provenance(address as usize);
+    // SAFETY: length and alignment are checked, the rest is the caller's promise.
+    unsafe { ffi::from_blob(place, shape, (kind, Device::Cuda(ordinal)), owner) }
 }
 
 fn find() -> Result<PathBuf, Error> {

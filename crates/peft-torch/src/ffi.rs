@@ -436,10 +436,10 @@ impl Drop for Counter {
 pub(crate) unsafe fn from_blob<O: Send + 'static>(
     bytes: *const u8,
     shape: &[i64],
-    kind: Kind,
+    (kind, device): (Kind, Device),
     owner: O,
 ) -> Result<Tensor, TchError> {
-    let like = Tensor::empty([0i64], (kind, Device::Cpu));
+    let like = Tensor::empty([0i64], (kind, device));
     let owner = Box::into_raw(Box::new(owner)) as *mut c_void;
     // SAFETY: as the caller promises; the deleter runs once, when the storage goes.
     make(|out, err| unsafe {

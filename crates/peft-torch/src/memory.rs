@@ -244,7 +244,7 @@ pub unsafe fn borrow<O: Send + 'static>(
         )));
     }
     // SAFETY: length and alignment are checked, the rest is the caller's promise.
-    unsafe { ffi::from_blob(bytes.as_ptr(), shape, kind, owner) }
+    unsafe { ffi::from_blob(bytes.as_ptr(), shape, (kind, Device::Cpu), owner) }
 }
 
 /// The folder of the libtorch that this process runs on, if the system tells.

@@ -30,7 +30,8 @@ pub fn with_scratch<R>(kind: Kind, shape: &[i64], body: impl FnOnce(Tensor) -> R
         return body(Tensor::empty(shape, (kind, Device::Cpu)));
     };
     // SAFETY: the region is as large, aligned for anything, may be written, and is held by the tensor.
-    let tensor = unsafe { ffi::from_blob(region.start(), shape, kind, region.clone()) };
+    let tensor =
+        unsafe { ffi::from_blob(region.start(), shape, (kind, Device::Cpu), region.clone()) };
     let result = body(tensor.expect("a shape of so many bytes"));
     if Arc::strong_count(&region) == 1 {
         FREE.lock()

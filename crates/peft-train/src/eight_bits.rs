@@ -5,7 +5,7 @@
 //! than [`SMALLEST`] numbers the moments stay in fp32, where they weigh nothing. On a GPU all tensors are stepped in one launch
 //! ([`peft_cuda::adamw`]), by the same rules to the bit.
 
-use crate::cuda;
+use crate::{cuda, ffi::paged_zeros, settings::Keep};
 use half::bf16;
 use peft_codec::{AdamW8, Compat, STATE_BLOCK};
 use peft_torch::{
@@ -39,18 +39,18 @@ impl Moments8 {
     ///
     /// # Errors
     /// If the tensor is not of fp32 or bf16, or on a GPU without the kernels.
-    pub(crate) fn of(param: &Tensor) -> Result<Option<Moments8>, TchError> {
+    pub(crate) fn of(param: &Tensor, keep: Keep) -> Result<Option<Moments8>, TchError> {
         let device = param.device();
         match device {
             Device::Cpu => {}
             Device::Cuda(ordinal) => peft_cuda::prepare(ordinal as i32).map_err(|error| {
                 TchError::Torch(format!(
-                    "the kernels of AdamW with 8-bit states are not there ({error}); `paged_adamw_8bit` steps in main memory"
+                    "the kernels of AdamW with 8-bit states are not there ({error}); `offloaded_adamw_8bit` steps in main memory"
                 ))
             })?,
             other => {
                 return Err(TchError::Torch(format!(
-                    "AdamW with 8-bit states has no kernels for {other:?}; `paged_adamw_8bit` steps in main memory"
+                    "AdamW with 8-bit states has no kernels for {other:?}; `offloaded_adamw_8bit` steps in main memory"
                 )));
             }
         }
@@ -64,12 +64,15 @@ impl Moments8 {
         if n < SMALLEST {
             return Ok(None);
         }
-        let codes = || Tensor::zeros([n as i64], (Kind::Uint8, device));
+        let codes = || match keep.pages(param) {
+            true => paged_zeros(&[n as i64], Kind::Uint8, device),
+            false => Ok(Tensor::zeros([n as i64], (Kind::Uint8, device))),
+        };
         let blocks = n.div_ceil(STATE_BLOCK) as i64;
         let scales = || Tensor::zeros([blocks], (Kind::Float, device));
         Ok(Some(Moments8 {
-            state1: codes(),
-            state2: codes(),
+            state1: codes()?,
+            state2: codes()?,
             absmax1: scales(),
             absmax2: scales(),
             step: Tensor::from(0f32),
@@ -211,7 +214,7 @@ mod tests {
     #[test]
     fn what_it_cannot_train_is_refused() {
         let half = Tensor::zeros([4096], (Kind::Half, Device::Cpu));
-        let error = Moments8::of(&half).unwrap_err().to_string();
+        let error = Moments8::of(&half, Keep::Here).unwrap_err().to_string();
         assert!(error.contains("Half"), "{error}");
     }
 }

@@ -57,5 +57,5 @@ pub use objective::{
 pub use optimizer::{Optimizer, decays};
 pub use run::{Run, RunInfo, Status};
 pub use schedule::{Plateau, Schedule, ScheduleType};
-pub use settings::{Optim, Settings};
+pub use settings::{Keep, Optim, Settings};
 pub use train::{Best, Data, Ending, Evaluation, Event, Observer, Summary, evaluate, train};

@@ -12,7 +12,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::eight_bits::{self, Moments8};
 use crate::error::{Error, Result};
-use crate::settings::{Optim, Settings};
+use crate::ffi::paged_zeros;
+use crate::settings::{Keep, Optim, Settings};
 
 /// AdamW over everything that is trained.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ pub(crate) struct Entry {
     pub(crate) moments: Remembered,
     decays: bool,
     /// A copy in main memory, which is what is stepped.
-    paged: Option<Tensor>,
+    offloaded: Option<Tensor>,
 }
 
 /// What AdamW remembers of one tensor.
@@ -47,10 +48,16 @@ impl Remembered {
     fn of(param: &Tensor, optim: Optim) -> Result<Remembered> {
         let eight = match optim.in_8_bits() {
             false => None,
-            true => Moments8::of(param)?,
+            true => Moments8::of(param, optim.keep())?,
         };
         Ok(match eight {
             Some(it) => Remembered::Eight(it),
+            None if optim.keep().pages(param) && param.is_contiguous() => {
+                let zeros = || paged_zeros(&param.size(), param.kind(), param.device());
+                let (m, v) = (zeros()?, zeros()?);
+                let step = Tensor::zeros([0i64; 0], (Kind::Float, param.device()));
+                Remembered::Whole(Moments { m, v, step })
+            }
             None => Remembered::Whole(Moments::new(param)),
         })
     }
@@ -73,21 +80,21 @@ impl Remembered {
 impl Entry {
     fn new(param: &Param, optim: Optim) -> Result<Entry> {
         let tensor = param.tensor.shallow_clone();
-        let away = optim.paged() && tensor.device() != Device::Cpu;
-        let paged = away.then(|| tensor.detach().to_device(Device::Cpu));
+        let away = optim.keep() == Keep::MainMemory && tensor.device() != Device::Cpu;
+        let offloaded = away.then(|| tensor.detach().to_device(Device::Cpu));
         Ok(Entry {
             key: key(param),
-            moments: Remembered::of(paged.as_ref().unwrap_or(&tensor), optim)?,
+            moments: Remembered::of(offloaded.as_ref().unwrap_or(&tensor), optim)?,
             decays: !param.norm && decays(&key(param)),
             tensor,
-            paged,
+            offloaded,
         })
     }
 
     /// What is stepped, with its gradient, if there is one.
     fn pair(&mut self) -> Option<(Tensor, Tensor)> {
         let grad = self.tensor.grad();
-        grad.defined().then(|| match &mut self.paged {
+        grad.defined().then(|| match &mut self.offloaded {
             None => (self.tensor.shallow_clone(), grad),
             Some(copy) => {
                 copy.copy_(&self.tensor.detach()); // methods change what they train, too
@@ -97,8 +104,8 @@ impl Entry {
     }
 
     /// After a step, brings its result to where the tensor is.
-    fn unpage(&mut self) {
-        if let Some(copy) = &self.paged
+    fn bring_back(&mut self) {
+        if let Some(copy) = &self.offloaded
             && self.tensor.grad().defined()
         {
             tch::no_grad(|| self.tensor.copy_(copy));
@@ -189,7 +196,7 @@ impl Optimizer {
             eight_bits::step(eight, &mut eights)?;
         }
         for entry in &mut self.entries {
-            entry.unpage();
+            entry.bring_back();
         }
         Ok(())
     }
@@ -299,15 +306,15 @@ mod tests {
 
     /// A copy is stepped in the tensor's place: as if the tensor were on a GPU.
     #[test]
-    fn paged_steps_are_steps() {
-        for (optim, paged) in [
-            (Optim::AdamwTorch, Optim::PagedAdamw32bit),
-            (Optim::Adamw8bit, Optim::PagedAdamw8bit),
+    fn offloaded_steps_are_steps() {
+        for (optim, offloaded) in [
+            (Optim::AdamwTorch, Optim::OffloadedAdamw32bit),
+            (Optim::Adamw8bit, Optim::OffloadedAdamw8bit),
         ] {
             tch::manual_seed(1);
             let random = || Tensor::randn([70, 80], (Kind::Float, Device::Cpu));
             let (start, target) = (random(), random());
-            let [mut plain, mut away] = [optim, paged].map(|optim| {
+            let [mut plain, mut away] = [optim, offloaded].map(|optim| {
                 let tensor = start.copy().set_requires_grad(true);
                 let settings = Settings {
                     optim,
@@ -317,7 +324,7 @@ mod tests {
                 Optimizer::new(&[param("a", &tensor)], &settings).unwrap()
             });
             let entry = &mut away.entries[0];
-            entry.paged = Some(entry.tensor.detach().copy());
+            entry.offloaded = Some(entry.tensor.detach().copy());
             for _ in 0..5 {
                 for it in [&mut plain, &mut away] {
                     it.zero_grad();
@@ -331,8 +338,44 @@ mod tests {
                 }
             }
             let [plain, away] = [plain, away].map(|it| it.entries[0].tensor.detach());
-            assert!(plain.equal(&away), "{paged:?}");
+            assert!(plain.equal(&away), "{offloaded:?}");
             assert!(!plain.equal(&start));
+        }
+    }
+
+    /// Pages of a GPU are for tensors on a GPU that are worth it; a name of Hugging Face's is read as it is there.
+    #[test]
+    fn in_main_memory_paged_is_plain() {
+        let like = (Kind::Float, Device::Cpu);
+        let start = Tensor::randn([400, 300], like);
+        let step = |name: &str| {
+            let optim: Optim = serde_json::from_value(name.into()).unwrap();
+            let tensor = start.copy().set_requires_grad(true);
+            let settings = Settings {
+                optim,
+                ..Settings::default()
+            };
+            let mut it = Optimizer::new(&[param("a", &tensor)], &settings).unwrap();
+            tensor.square().sum(Kind::Float).backward();
+            it.step(1e-2).unwrap();
+            assert!(it.entries[0].offloaded.is_none());
+            (tensor.detach(), it.entries[0].moments.tensors()[0].0)
+        };
+        for (plain, others) in [
+            (
+                "adamw_torch",
+                ["paged_adamw", "paged_adamw_32bit", "offloaded_adamw_32bit"],
+            ),
+            (
+                "adamw_8bit",
+                ["adamw_bnb_8bit", "paged_adamw_8bit", "offloaded_adamw_8bit"],
+            ),
+        ] {
+            let (stepped, kept) = step(plain);
+            for other in others {
+                let (it, its) = step(other);
+                assert!(it.equal(&stepped) && its == kept, "{other}");
+            }
         }
     }
 

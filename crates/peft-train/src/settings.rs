@@ -13,6 +13,7 @@ use peft_codec::STATE_BLOCK;
 use peft_core::Ctx;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use tch::{Device, Tensor};
 
 use crate::eight_bits::SMALLEST;
 use crate::error::{Error, Result};
@@ -91,18 +92,49 @@ pub enum Optim {
     /// In 8 bits, of tensors with 4096 numbers or more.
     #[serde(rename = "adamw_8bit", alias = "adamw_bnb_8bit")]
     Adamw8bit,
-    /// As [`Optim::AdamwTorch`], but in main memory, wherever the model is.
+    /// As [`Optim::AdamwTorch`], in pages that leave a GPU that is full.
     #[serde(rename = "paged_adamw_32bit", alias = "paged_adamw")]
     PagedAdamw32bit,
-    /// As [`Optim::Adamw8bit`], but in main memory, wherever the model is.
+    /// As [`Optim::Adamw8bit`], in pages that leave a GPU that is full.
     #[serde(rename = "paged_adamw_8bit")]
     PagedAdamw8bit,
+    /// As [`Optim::AdamwTorch`], but in main memory, wherever the model is. Of our own.
+    #[serde(rename = "offloaded_adamw_32bit")]
+    OffloadedAdamw32bit,
+    /// As [`Optim::Adamw8bit`], but in main memory, wherever the model is. Of our own.
+    #[serde(rename = "offloaded_adamw_8bit")]
+    OffloadedAdamw8bit,
+}
+
+/// Where moments are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// Where the model is.
+    Here,
+    /// As [`Keep::Here`]; from a GPU that is full the driver moves them to main memory, and back for the step (CUDA's unified
+    /// memory, as `bitsandbytes` has it).
+    Paged,
+    /// In main memory, where the step is taken by the processor: of a few million numbers it takes milliseconds.
+    MainMemory,
+}
+
+/// Moments of tensors with fewer numbers are not worth pages of their own (the rule of `bitsandbytes`).
+const PAGED: usize = 100_000;
+
+impl Keep {
+    /// Whether moments of this tensor get pages that move. Main memory's do anyway.
+    pub(crate) fn pages(self, tensor: &Tensor) -> bool {
+        self == Keep::Paged && tensor.device() != Device::Cpu && tensor.numel() >= PAGED
+    }
 }
 
 impl Optim {
     /// Whether moments are in 8 bits.
     pub fn in_8_bits(self) -> bool {
-        matches!(self, Optim::Adamw8bit | Optim::PagedAdamw8bit)
+        matches!(
+            self,
+            Optim::Adamw8bit | Optim::PagedAdamw8bit | Optim::OffloadedAdamw8bit
+        )
     }
 
     /// Bytes of both moments of a tensor of so many numbers, each of `size` bytes.
@@ -113,12 +145,13 @@ impl Optim {
         }
     }
 
-    /// Whether moments stay in main memory.
-    ///
-    /// `bitsandbytes` lets the driver move them there when the GPU is full. Here they never leave it, and steps are taken there:
-    /// of a few million numbers it takes milliseconds.
-    pub fn paged(self) -> bool {
-        matches!(self, Optim::PagedAdamw32bit | Optim::PagedAdamw8bit)
+    /// Where moments are kept.
+    pub fn keep(self) -> Keep {
+        match self {
+            Optim::AdamwTorch | Optim::Adamw8bit => Keep::Here,
+            Optim::PagedAdamw32bit | Optim::PagedAdamw8bit => Keep::Paged,
+            Optim::OffloadedAdamw32bit | Optim::OffloadedAdamw8bit => Keep::MainMemory,
+        }
     }
 }
 

@@ -36,7 +36,8 @@ pub(crate) fn checks(device: Device, table: &mut Table) {
     for (on_gpu, here) in [
         (Optim::Adamw8bit, Optim::Adamw8bit),
         (Optim::PagedAdamw8bit, Optim::Adamw8bit),
-        (Optim::PagedAdamw32bit, Optim::AdamwTorch),
+        (Optim::OffloadedAdamw8bit, Optim::Adamw8bit),
+        (Optim::OffloadedAdamw32bit, Optim::AdamwTorch),
     ] {
         for of in [Kind::Float, Kind::BFloat16] {
             table.case("five steps of AdamW", steps(device, (on_gpu, here), of));
