@@ -332,6 +332,17 @@ impl Sources {
         }
     }
 
+    /// How many virtual tokens the adapters put in front of a row.
+    pub(crate) fn virtual_tokens(&self) -> Result<usize> {
+        let mut all = 0usize;
+        for (_, dir) in &self.adapters {
+            let json = files::read_json(&dir.join(ADAPTER_CONFIG))?;
+            let own = json.get("num_virtual_tokens").and_then(|it| it.as_u64());
+            all = all.saturating_add(own.unwrap_or(0) as usize);
+        }
+        Ok(all)
+    }
+
     /// The type of the base, and what models of it are for; nothing of a type that is not known.
     pub(crate) fn offered(&self) -> Result<(String, &'static [Task])> {
         let config = self.base.config()?;

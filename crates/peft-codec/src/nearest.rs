@@ -24,6 +24,79 @@ pub(crate) static SIGNED: LazyLock<Nearest> =
 pub(crate) static UNSIGNED: LazyLock<Nearest> =
     LazyLock::new(|| Nearest::of(Map::unsigned().values(), 0));
 
+/// As [`Nearest`], for every pattern of bits, so that nothing is clamped: of an optimiser's states over their scale, [`MEAN`] and
+/// [`SQUARES`].
+///
+/// The highest byte of the sum is the code; of the mean, whose codes run down where it is negative, it is the code of a
+/// positive number, 127 or more, and 126 less the code of a negative one.
+#[cfg(any(target_arch = "x86_64", test))]
+pub(crate) struct Direct<const REST: u32> {
+    entries: Vec<u32>,
+}
+
+/// Of means, by the rule that a code has the sign of its number.
+#[cfg(any(target_arch = "x86_64", test))]
+pub(crate) static MEAN: LazyLock<Direct<17>> = LazyLock::new(|| {
+    let (zero, none) = (127, [255, 126]);
+    Direct::of(
+        &SIGNED,
+        |negative, steps| match negative {
+            false => zero + steps,
+            true => steps.clamp(1, 127) - 1,
+        },
+        none,
+    )
+});
+
+/// Of squares.
+#[cfg(any(target_arch = "x86_64", test))]
+pub(crate) static SQUARES: LazyLock<Direct<16>> = LazyLock::new(|| {
+    Direct::of(
+        &UNSIGNED,
+        |negative, steps| if negative { 0 } else { steps },
+        [0, 0],
+    )
+});
+
+#[cfg(any(target_arch = "x86_64", test))]
+impl<const REST: u32> Direct<REST> {
+    /// `byte` is that of a sign and a count of thresholds below, `none` that of NaN by its sign.
+    fn of(nearest: &Nearest, byte: impl Fn(bool, u32) -> u32, none: [u32; 2]) -> Direct<REST> {
+        assert_eq!(nearest.rest, REST);
+        let entry = |place: u32| {
+            let begin = place << REST;
+            let (magnitude, negative) = (begin & 0x7fff_ffff, begin >> 31 == 1);
+            if magnitude >= f32::INFINITY.to_bits() {
+                return (none[usize::from(negative)] << 24).wrapping_sub(begin);
+            }
+            let last = magnitude + ((1 << REST) - 1);
+            let [first, last] = [magnitude, last].map(|bits| byte(negative, nearest.rank(bits)));
+            // The first number of the interval whose byte is the next, or one that is not in it.
+            let (mut above, mut end) = (1 << 24, 0);
+            if first != last {
+                (above, end) = (0, 1 << REST);
+            }
+            while above < end {
+                let middle = (above + end) / 2;
+                match byte(negative, nearest.rank(magnitude + middle)) == first {
+                    true => above = middle + 1,
+                    false => end = middle,
+                }
+            }
+            ((first << 24) + ((1 << 24) - above)).wrapping_sub(begin)
+        };
+        Direct {
+            entries: (0..=u32::MAX >> REST).map(entry).collect(),
+        }
+    }
+
+    /// An entry for each number without its last `REST` bits.
+    pub(crate) fn entries(&self) -> &[u32] {
+        assert!(self.entries.len() == (u32::MAX >> REST) as usize + 1);
+        &self.entries
+    }
+}
+
 impl Nearest {
     /// Of magnitudes in rising order, of which the first is zero. A tie goes to the even code, and that of zero is `parity`.
     fn of(values: &[f32], parity: usize) -> Nearest {
@@ -136,6 +209,40 @@ mod tests {
             unsigned(std::iter::once((v, &mut codes[1])));
             let wanted = [Map::signed(), Map::unsigned()].map(|map| map.nearest(v));
             assert_eq!(codes, wanted, "{v:e}");
+        }
+    }
+
+    /// At both ends of every interval, beside its threshold, and between.
+    #[test]
+    fn direct_bytes_are_codes_with_the_sign_of_their_number() {
+        fn byte<const REST: u32>(direct: &Direct<REST>, bits: u32) -> u32 {
+            direct.entries()[(bits >> REST) as usize].wrapping_add(bits) >> 24
+        }
+        let [mean, squares] = [Map::signed(), Map::unsigned()];
+        let places = (0..=u32::MAX >> 16).map(|place| place << 16);
+        let near = |map: &Map| -> Vec<u32> {
+            let pairs = map.values().windows(2);
+            let middles = pairs.map(|pair| ((pair[0] + pair[1]) * 0.5).to_bits());
+            middles
+                .flat_map(|it| it.saturating_sub(2)..=it + 2)
+                .collect()
+        };
+        let ends = places.flat_map(|begin| [0, 1, 0x5a5a, 0xfffe, 0xffff].map(|i| begin + i));
+        for bits in ends.chain(near(mean)).chain(near(squares)) {
+            let x = f32::from_bits(bits);
+            if x.is_infinite() {
+                continue; // no state over its scale
+            }
+            assert_eq!(byte(&SQUARES, bits), u32::from(squares.nearest(x)), "{x:e}");
+            let mut wanted = u32::from(mean.nearest(x));
+            match x.is_sign_negative() {
+                true if wanted >= 127 => wanted = 126,
+                false if wanted < 127 => wanted = 255, // of NaN, whose code is 0
+                _ => {}
+            }
+            let got = byte(&MEAN, bits);
+            let got = if got < 127 { 126 - got } else { got };
+            assert_eq!(got, wanted, "{x:e}");
         }
     }
 }

@@ -39,4 +39,4 @@ pub use ops::{
     add_, add_row_, cross_entropy_, gelu_tanh, gemv, rms_norm, rope, scale, scale_, swiglu,
 };
 pub use scratch::{kept, with_scratch};
-pub use threads::for_each_chunk;
+pub use threads::{end_process, for_each_chunk};

@@ -12,6 +12,13 @@ use std::{
 
 use crate::ffi;
 
+/// Ends the process at once, from any thread: without the destructors of libtorch and oneDNN, which take apart what threads that
+/// still compute are using.
+pub fn end_process(code: i32) -> ! {
+    // SAFETY: it does not return, and runs nothing of this process.
+    unsafe { libc::_exit(code) }
+}
+
 /// Runs `body(i, chunk i)` for each chunk of `size` elements of `out`, the last one perhaps shorter.
 ///
 /// A panic of one chunk is passed on once all have ended.

@@ -64,6 +64,8 @@ pub struct Rows<'d> {
     data: Source<'d>,
     rows: Vec<usize>,
     multiple_of: usize,
+    /// What a batch may be as wide as; rows alone are never cut.
+    widest: usize,
 }
 
 impl<'d> Rows<'d> {
@@ -80,6 +82,7 @@ impl<'d> Rows<'d> {
             data: Source::Text { data, pad_id },
             rows,
             multiple_of: 1,
+            widest: usize::MAX,
         })
     }
 
@@ -92,13 +95,33 @@ impl<'d> Rows<'d> {
             data: Source::Task(data),
             rows,
             multiple_of: 1,
+            widest: usize::MAX,
         })
     }
 
-    /// The same, with batches as wide as a multiple of this.
-    pub fn padded_to(mut self, multiple: usize) -> Rows<'d> {
+    /// The same, with batches as wide as a multiple of this, where that is not wider than a model takes.
+    ///
+    /// # Errors
+    /// If a row is wider: it is named.
+    pub fn padded_to(mut self, multiple: usize, widest: Option<usize>) -> Result<Rows<'d>> {
         self.multiple_of = multiple.max(1);
-        self
+        self.widest = widest.unwrap_or(usize::MAX);
+        match self.rows.iter().max_by_key(|at| self.width(**at)) {
+            Some(at) if self.width(*at) > self.widest => Err(Error::TooLong {
+                row: self.origin(*at),
+                tokens: self.width(*at),
+                most: self.widest,
+            }),
+            _ => Ok(self),
+        }
+    }
+
+    /// How many tokens a row of the data set has.
+    fn width(&self, at: usize) -> usize {
+        match self.data {
+            Source::Text { data, .. } => data.get(at).map_or(0, |row| row.ids.len()),
+            Source::Task(data) => data.get(at).map_or(0, |row| row.ids.len()),
+        }
     }
 
     /// How many there are.
@@ -151,14 +174,20 @@ impl<'d> Rows<'d> {
 
     /// These rows as a rectangle as wide as the longest of them, rounded up.
     pub fn batch(&self, indices: &[usize], pass: Pass) -> Result<Batch> {
+        let longest = indices.iter().map(|at| self.width(*at)).max();
+        let rounded = longest.unwrap_or(0).next_multiple_of(self.multiple_of);
+        let multiple_of = match rounded > self.widest {
+            true => 1,
+            false => self.multiple_of,
+        };
         match self.data {
             Source::Text { data, pad_id } => {
                 let rows: Vec<_> = indices.iter().filter_map(|at| data.get(*at)).collect();
-                let mut batch = collate(&rows, pad_id, Side::Right, self.multiple_of);
+                let mut batch = collate(&rows, pad_id, Side::Right, multiple_of);
                 batch.indices = indices.to_vec();
                 Ok(Batch::Text(batch))
             }
-            Source::Task(data) => Ok(Batch::Task(data.batch(indices, pass, self.multiple_of)?)),
+            Source::Task(data) => Ok(Batch::Task(data.batch(indices, pass, multiple_of)?)),
         }
     }
 
@@ -176,5 +205,49 @@ impl<'d> Rows<'d> {
             before += file.rows;
         }
         format!("row {}", at + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use peft_data::{Options, Tokenizer, prepare};
+
+    use super::*;
+
+    /// Batches are wide as asked where a model has room; a row for which it has none is named.
+    #[test]
+    fn batches_are_no_wider_than_a_model_takes() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fixtures/tokenizer");
+        let tokenizer = Tokenizer::open(folder.as_ref()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("rows.jsonl");
+        std::fs::write(
+            &file,
+            "{\"text\": \"a\"}\n{\"text\": \"aaaaaaaaaaaaaaaaaaaaaaaaaa\"}\n",
+        )
+        .unwrap();
+        let data = prepare(&[file], &tokenizer, &Options::default(), &|_| {}).unwrap();
+        let rows = || Rows::new(&data, vec![0, 1], tokenizer.pad_id()).unwrap();
+        let longest = rows().width(1);
+        assert!(longest > 8 && rows().width(0) < 8);
+        let width = |rows: &Rows<'_>, at: usize| match rows.batch(&[at], Pass::Eval).unwrap() {
+            Batch::Text(batch) => batch.cols,
+            Batch::Task(batch) => batch.cols,
+        };
+        let most = longest.next_multiple_of(16);
+        let free = rows().padded_to(16, None).unwrap();
+        assert_eq!((width(&free, 0), width(&free, 1)), (16, most));
+        let tight = rows().padded_to(16, Some(longest)).unwrap();
+        assert_eq!(
+            (width(&tight, 0), width(&tight, 1)),
+            (16.min(longest), longest)
+        );
+        let error = rows().padded_to(16, Some(longest - 1)).unwrap_err();
+        let text = error.to_string();
+        assert!(
+            text.contains("rows.jsonl, row 2")
+                && text.contains(&format!("max_length: {}", longest - 1)),
+            "{text}"
+        );
     }
 }

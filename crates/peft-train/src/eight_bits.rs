@@ -18,7 +18,7 @@ use tch::{Device, Kind, TchError, Tensor};
 pub(crate) const SMALLEST: usize = 4096;
 
 /// Numbers that one thread steps at a time.
-const PIECE: usize = 1 << 16;
+const PIECE: usize = 1 << 14;
 
 /// What AdamW remembers of one tensor, in 8 bits.
 #[derive(Debug)]

@@ -41,6 +41,18 @@ pub enum Error {
         /// How many the model knows.
         vocab: i64,
     },
+    /// A row for which a model that looks positions up has no place.
+    #[error(
+        "{row}: {tokens} tokens, but the model has {most} positions for a text; `max_length: {most}` cuts rows there"
+    )]
+    TooLong {
+        /// Which, with its file where known.
+        row: String,
+        /// How many it has.
+        tokens: usize,
+        /// How many there may be, virtual tokens taken off.
+        most: usize,
+    },
     /// The loss or the gradient is no number any more.
     #[error(
         "{what} is {value} at step {step} ({rows}): nothing was changed by this step; \

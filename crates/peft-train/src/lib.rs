@@ -52,7 +52,7 @@ pub use data::{Batch, Rows};
 pub use error::{Error, Result};
 pub use log::{EvalRecord, Record, StepRecord, read_log};
 pub use objective::{
-    CausalLm, Judge, Objective, Part, Tuned, loss, next_token_loss, task_tensors, tensors,
+    CausalLm, Judge, Objective, Part, Tuned, loss, next_token_loss, task_tensors, tensors, widest,
 };
 pub use optimizer::{Optimizer, decays};
 pub use run::{Run, RunInfo, Status};

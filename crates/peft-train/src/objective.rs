@@ -38,6 +38,16 @@ pub trait Objective {
     fn save(&mut self, dir: &Path) -> Result<()>;
     /// Where it computes.
     fn device(&self) -> Device;
+    /// Tokens that a row may have at most, where there is such a bound.
+    fn widest(&self) -> Option<usize> {
+        None
+    }
+}
+
+/// Tokens that a row may have at most: a model that looks positions up has no more than its table, less its virtual tokens.
+pub fn widest(model: &dyn Network) -> Option<usize> {
+    let most = model.max_positions().max(0) as usize;
+    model.learned_positions().then_some(most)
 }
 
 /// An adapter on a language model that learns to predict the next token.
@@ -75,6 +85,10 @@ impl Objective for CausalLm<'_> {
 
     fn device(&self) -> Device {
         self.model.device()
+    }
+
+    fn widest(&self) -> Option<usize> {
+        widest(&*self.model)
     }
 }
 
@@ -148,6 +162,10 @@ impl Objective for Tuned<'_> {
 
     fn device(&self) -> Device {
         self.model.device()
+    }
+
+    fn widest(&self) -> Option<usize> {
+        widest(&*self.model)
     }
 }
 
@@ -229,13 +247,21 @@ pub fn task_tensors(batch: &TaskBatch, device: Device) -> Result<(Input, Labels)
     Ok((input, labels))
 }
 
-/// Sum of the losses of predicting each labelled token, and their number; every id is checked first.
+/// Sum of the losses of predicting each labelled token, and their number; every id and the width are checked first.
 pub fn next_token_loss(
     model: &dyn Decoder,
     batch: &peft_data::Batch,
     ctx: Ctx,
 ) -> Result<(Tensor, i64)> {
     known(batch, model.vocab())?;
+    if let Some(most) = widest(model).filter(|most| batch.cols > *most) {
+        let row = batch.indices.first().copied().unwrap_or(0);
+        return Err(Error::TooLong {
+            row: format!("the batch of row {row}"),
+            tokens: batch.cols,
+            most,
+        });
+    }
     let (input, labels) = tensors(batch, model.device())?;
     Ok(causal_loss(model, &input, &labels, ctx))
 }

@@ -233,7 +233,20 @@ impl Settings {
             .iter()
             .find(|(short, _)| *short == key)
             .map_or(key, |(_, long)| long);
-        let as_json = |error: serde_json::Error| Error::setting(key, error.to_string());
+        let as_json = |error: serde_json::Error| {
+            let names = [
+                ("usize", "a whole number"),
+                ("u64", "a whole number"),
+                ("f64", "a number"),
+                ("a map", "keys and values"),
+            ];
+            let text = names
+                .iter()
+                .fold(error.to_string(), |text, (of_rust, plain)| {
+                    text.replace(&format!("expected {of_rust}"), &format!("expected {plain}"))
+                });
+            Error::setting(key, text)
+        };
         let Value::Object(mut map) = serde_json::to_value(&*self).map_err(as_json)? else {
             return Err(Error::setting(key, "settings are a map"));
         };
@@ -244,7 +257,13 @@ impl Settings {
                 hint: peft_core::nearest(key, keys.iter().map(String::as_str)),
             });
         }
-        map.insert(long.to_owned(), whole(value));
+        let value = match (long, value) {
+            // As Python's arguments are printed and read.
+            ("lr_scheduler_kwargs", Value::Null) => Value::Object(Map::new()),
+            ("max_grad_norm", Value::Null) => Value::from(0.0),
+            (_, value) => whole(value),
+        };
+        map.insert(long.to_owned(), value);
         *self = serde_json::from_value(Value::Object(map)).map_err(as_json)?;
         Ok(())
     }
@@ -399,6 +418,17 @@ mod tests {
         let it = read(json!({"batch_size": 3, "epochs": 2, "max_steps": 1e3})).unwrap();
         assert_eq!((it.per_device_train_batch_size, it.max_steps), (3, 1000));
         assert_eq!(it.num_train_epochs, 2.0);
+    }
+
+    #[test]
+    fn nothing_means_what_it_means_to_python() {
+        let it = read(json!({"lr_scheduler_kwargs": null, "max_grad_norm": null})).unwrap();
+        assert!(it.lr_scheduler_kwargs.is_empty() && it.max_grad_norm == 0.0);
+        let error = read(json!({"eval_steps": 0.5})).unwrap_err().to_string();
+        assert!(
+            error.contains("`eval_steps`") && error.contains("expected a whole number"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -11,7 +11,9 @@
 //! rows differ in length and in the short window at the end of an epoch. T is
 //! counted from the labels before anything runs; averaging the means of the
 //! batches instead would weigh tokens of short batches more. (Extractive answers alone depend on the width of a batch, here as in
-//! `transformers`: padding is among the places where an answer could begin.)
+//! `transformers`: padding is among the places where an answer could begin.) The loss of held-out rows is such a mean, too, over all
+//! of them; the `Trainer` of `transformers` weighs the mean of each batch by its rows, which is another number where rows
+//! differ in length and do not all fit into one batch.
 //!
 //! A method may add a term to L and act after each step ([`peft_core::Schedule`]); the term is not part of the losses that are
 //! reported, so that methods can be compared.
@@ -39,7 +41,7 @@ use crate::log::{EvalRecord, Log, Record, StepRecord, read_log};
 use crate::objective::Objective;
 use crate::optimizer::Optimizer;
 use crate::run::Run;
-use crate::schedule::Schedule;
+use crate::schedule::{Schedule, ScheduleType};
 use crate::settings::Settings;
 
 /// What a run learns from and is judged by.
@@ -52,12 +54,34 @@ pub struct Data<'d> {
 }
 
 impl<'d> Data<'d> {
-    /// The same, with batches as wide as a multiple of this.
-    fn padded_to(self, multiple: usize) -> Data<'d> {
-        Data {
-            train: self.train.padded_to(multiple),
-            held_out: self.held_out.map(|rows| rows.padded_to(multiple)),
+    /// Whether a model that takes rows of `widest` tokens can be trained on this with these settings.
+    ///
+    /// # Errors
+    /// Names the row that is too long, or the setting that needs held-out rows where there are none.
+    pub fn check(&self, settings: &Settings, widest: Option<usize>) -> Result<()> {
+        let plateau = settings.lr_scheduler_type == ScheduleType::ReduceOnPlateau;
+        for (needs, setting) in [
+            (
+                settings.early_stopping_patience.is_some(),
+                "early_stopping_patience",
+            ),
+            (plateau, "lr_scheduler_type"),
+        ] {
+            if needs && self.held_out.is_none() {
+                let reason = "goes by the loss of held-out rows, and none are held out";
+                return Err(Error::setting(setting, reason));
+            }
         }
+        self.clone().padded_to(1, widest).map(drop)
+    }
+
+    /// As [`Rows::padded_to`].
+    fn padded_to(self, multiple: usize, widest: Option<usize>) -> Result<Data<'d>> {
+        let held_out = self.held_out.map(|it| it.padded_to(multiple, widest));
+        Ok(Data {
+            train: self.train.padded_to(multiple, widest)?,
+            held_out: held_out.transpose()?,
+        })
     }
 }
 
@@ -175,7 +199,10 @@ pub fn train(
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
     settings.check()?;
-    let Data { train, held_out } = data.clone().padded_to(settings.pad_to_multiple_of);
+    data.check(settings, objective.widest())?;
+    let Data { train, held_out } = data
+        .clone()
+        .padded_to(settings.pad_to_multiple_of, objective.widest())?;
     let plan = train.plan(settings)?;
     let per_epoch = settings.steps_per_epoch(plan.batches_per_epoch());
     let total = settings.total_steps(plan.batches_per_epoch());

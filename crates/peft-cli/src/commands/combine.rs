@@ -5,12 +5,14 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use console::style;
 use peft::{
     core::Adapter,
     lora::{Combination, Rules, combine},
 };
+
+use tch::Tensor;
 
 use crate::{
     args::fresh_folder,
@@ -111,6 +113,10 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let weighted: Vec<(&Adapter, f64)> = parts.iter().zip(weights).collect();
     let both = combine(&weighted, &how).map_err(of_settings)?;
+    let finite = |it: &Tensor| it.isfinite().all().int64_value(&[]) != 0;
+    if let Some((name, _)) = both.state.iter().find(|(_, it)| !finite(it)) {
+        bail!("with these weights `{name}` has numbers that are not finite; nothing was written");
+    }
     both.save(&args.out)?;
     let numbers: i64 = both.state.values().map(|it| it.numel() as i64).sum();
     let size: usize = both

@@ -21,6 +21,8 @@ use console::style;
 use indicatif::{ProgressBar, ProgressStyle};
 use peft::{
     core::files,
+    data::TaskOptions,
+    models::Task,
     train::{Curve, Record, Run, Status, draw_several, read_log},
 };
 use serde::{Deserialize, Serialize};
@@ -29,14 +31,17 @@ use serde_json::{Value, json};
 use super::{
     check::plain_table,
     train::{
-        INTERRUPTED, Setup, TRAINABLE, complete, name_of_model,
+        INTERRUPTED, Setup, TRAINABLE, USUAL_LENGTH, complete, name_of_model,
         recipe::{Plan, Recipe, Validation},
+        row_length,
         screen::row,
+        task_of,
     },
 };
 use crate::{
     error::usage,
     methods::{METHODS, Method},
+    sources::BaseArgs,
     terminal::{bytes, grouped},
 };
 
@@ -171,6 +176,11 @@ fn begin(program: &Path, args: &Args) -> Result<(PathBuf, Comparison)> {
             .map_err(|error| usage(format!("{}: {error}", candidate.name)))?;
         plans.push(plan);
     }
+    let length = length_for_all(&plans)?.map(|it| ("max_length".to_owned(), it.into()));
+    let candidates = candidates.into_iter().map(|mut it| {
+        it.settings.extend(length.clone());
+        it
+    });
     let recipe = &plans.first().context("no method")?.recipe;
     let dir = args.out.clone().unwrap_or_else(|| {
         let name = name_of_model(&recipe.model);
@@ -207,7 +217,7 @@ fn begin(program: &Path, args: &Args) -> Result<(PathBuf, Comparison)> {
         outcomes: Vec::new(),
     };
     println!();
-    for (candidate, plan) in candidates.into_iter().zip(plans) {
+    for (candidate, plan) in candidates.zip(&plans) {
         let candidate = Candidate {
             settings: whole_paths(candidate.settings, &plan.recipe),
             ..candidate
@@ -233,6 +243,27 @@ fn begin(program: &Path, args: &Args) -> Result<(PathBuf, Comparison)> {
     fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
     comparison.write(&dir)?;
     Ok((dir, comparison))
+}
+
+/// Where rows are cut, if one of the methods has virtual tokens for which rows must be shorter: all are compared on the same rows.
+fn length_for_all(plans: &[Plan]) -> Result<Option<usize>> {
+    let first = plans.first().context("no method")?;
+    let most = plans.iter().map(Plan::virtual_tokens).max().unwrap_or(0);
+    if first.recipe.max_length.is_some() {
+        return Ok(None);
+    }
+    let sources = BaseArgs {
+        model: Some(first.recipe.model.clone()),
+        adapter: Vec::new(),
+    }
+    .find()?;
+    let usual = match task_of(first, &sources)? {
+        Task::CausalLm => USUAL_LENGTH,
+        task => TaskOptions::of(task.name().parse()?).max_length,
+    };
+    let length = |virtual_tokens| row_length(&sources.base, virtual_tokens, None, usual);
+    let (alone, shared) = (length(0)?, length(most)?);
+    Ok((shared < alone).then_some(shared))
 }
 
 fn nothing_held_out() -> anyhow::Error {

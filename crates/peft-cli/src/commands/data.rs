@@ -69,7 +69,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let options = Options {
         format: format(args.format.as_deref())?,
-        max_length: row_length(&sources.base, args.max_length, USUAL_LENGTH)?,
+        max_length: row_length(
+            &sources.base,
+            sources.virtual_tokens()?,
+            args.max_length,
+            USUAL_LENGTH,
+        )?,
         train_on_prompt: args.train_on_prompt,
         cache_dir: cache_dir(),
         ..Options::default()
@@ -126,7 +131,12 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
     }
     let tokenizer = sources.tokenizer()?;
     let options = TaskOptions::of(task.name().parse()?);
-    let length = row_length(&sources.base, args.max_length, options.max_length)?;
+    let length = row_length(
+        &sources.base,
+        sources.virtual_tokens()?,
+        args.max_length,
+        options.max_length,
+    )?;
     let mut options = options.with_max_length(length);
     let numbers = sources.predicts_numbers(task)?;
     options.problem = numbers.then_some(Problem::Regression);

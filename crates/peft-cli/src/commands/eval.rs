@@ -1,6 +1,6 @@
 //! `peft eval`: loss and perplexity or what the task is judged by for each file, with the adapters and without.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
@@ -11,12 +11,12 @@ use peft::{
     data::{Options, Target, TaskDataset, TaskOptions, Tokenizer, prepare_task},
     metrics::{Words, bleu, rouge},
     models::{Classes, Problem, Sampling, Seq2Seq, Task},
-    train::{Batch, Evaluation, Rows, evaluate, loss},
+    train::{Batch, Evaluation, Rows, Run, evaluate, loss},
 };
 
 use serde_json::{Map, Value};
 
-use super::train::{USUAL_LENGTH, cache_dir, format, load, row_length};
+use super::train::{USUAL_LENGTH, cache_dir, format, load, recipe::Plan, row_length};
 use crate::{
     answer::{Writer, answers as answer_all},
     args::{Compute, kind_name},
@@ -70,7 +70,12 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let options = Options {
         format: format(args.format.as_deref())?,
-        max_length: row_length(&sources.base, args.max_length, USUAL_LENGTH)?,
+        max_length: row_length(
+            &sources.base,
+            sources.virtual_tokens()?,
+            args.max_length,
+            USUAL_LENGTH,
+        )?,
         train_on_prompt: args.train_on_prompt,
         cache_dir: cache_dir(),
         ..Options::default()
@@ -151,9 +156,19 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
     }
     let model = sources.load_task(task, args.compute.place()?)?;
     let options = TaskOptions::of(task.name().parse()?);
-    let length = row_length(&sources.base, args.max_length, options.max_length)?;
+    let length = row_length(
+        &sources.base,
+        sources.virtual_tokens()?,
+        args.max_length,
+        options.max_length,
+    )?;
     let mut options = options.with_max_length(length);
-    options.mask_seed = Settings::default().seed; // hidden are the words that a run hides which says no other
+    // Hidden are the words that the run hides, or one that says nothing of its seed.
+    let run = args.source.run.as_deref().map(Path::new);
+    options.mask_seed = match run.filter(|dir| task == Task::MaskedLm && Run::is_run(dir)) {
+        Some(dir) => Plan::read(&Run::open(dir)?.config())?.settings.seed,
+        None => Settings::default().seed,
+    };
     // A head for numbers has names for its outputs, too, but they are no classes.
     let classes = model.classes();
     let numbers = |it: &Classes| it.problem == Some(Problem::Regression) || it.names.len() == 1;

@@ -58,6 +58,11 @@ pub(crate) fn run(args: Args) -> Result<()> {
             sources.model
         )));
     }
+    let merged: Vec<String> = sources
+        .adapters
+        .iter()
+        .map(|(_, dir)| format!("`{}`", dir.display()))
+        .collect();
     let wanted = args.dtype.kind();
     let task = sources.task(None)?;
     // With a base that was quantised for the run, the adapter goes into the dense weights that it was made of.
@@ -106,7 +111,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
     save(&mut *model, &args.out, &besides(&sources, &held)?)?;
     let size = bytes(folder_size(&args.out)?);
     println!(
-        "{} {} ({} parameters, {}, {size})",
+        "{} {} {} ({} parameters, {}, {size})",
+        merged.join(" and "),
         style("merged into").green(),
         args.out.display(),
         grouped(parameters(&mut *model)),

@@ -31,7 +31,9 @@ use peft::{
     models::{HeadOptions, Network, Problem, Source, Task, parameters, save},
     quant::Format as BaseFormat,
     torch::memory,
-    train::{Checkpoint, Data, Ending, Part, Rows, Run, RunInfo, Status, Summary, Tuned, loss},
+    train::{
+        Checkpoint, Data, Ending, Part, Rows, Run, RunInfo, Status, Summary, Tuned, loss, widest,
+    },
 };
 use serde_json::Value;
 use tch::Device;
@@ -317,6 +319,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
         }
     }
 
+    data.check(&plan.settings, widest(&*model)).map_err(usage)?;
+
     let run = match &args.resume {
         Some(dir) => Run::open(dir)?,
         None => Run::at(&args.folder(&plan)),
@@ -456,7 +460,7 @@ fn begin_at(
 }
 
 /// What the model is to learn: as asked, or what both the data and the model are for.
-fn task_of(plan: &Plan, sources: &Sources) -> Result<Task> {
+pub(crate) fn task_of(plan: &Plan, sources: &Sources) -> Result<Task> {
     let recipe = &plan.recipe;
     if recipe.task.is_none() && recipe.format.is_some() {
         return Ok(Task::CausalLm); // the formats that can be named are those of texts to go on with
@@ -830,7 +834,9 @@ impl Loaded {
                 "setting `problem_type`: {name} says what is predicted of a text (SEQ_CLS), the task is {task}"
             )));
         }
-        let length = |usual: usize| row_length(&sources.base, recipe.max_length, usual);
+        let virtual_tokens = plan.virtual_tokens();
+        let length =
+            |usual: usize| row_length(&sources.base, virtual_tokens, recipe.max_length, usual);
         let own_files = match &recipe.validation {
             Validation::Files(files) => Some(files),
             _ => None,
@@ -1088,8 +1094,14 @@ pub(crate) fn describe_task(name: &str, data: &TaskDataset, max_length: usize) {
     report.warnings().iter().for_each(|text| warn(text));
 }
 
-/// Tokens of a row at most: as many as are asked for, else the usual, of which a model may have been made for less.
-pub(crate) fn row_length(base: &Source, asked: Option<usize>, usual: usize) -> Result<usize> {
+/// Tokens of a row at most: as many as are asked for, else the usual, of which a model may have been made for less, the virtual
+/// tokens in front of a row among them.
+pub(crate) fn row_length(
+    base: &Source,
+    virtual_tokens: usize,
+    asked: Option<usize>,
+    usual: usize,
+) -> Result<usize> {
     if let Some(asked) = asked {
         return Ok(asked);
     }
@@ -1103,7 +1115,11 @@ pub(crate) fn row_length(base: &Source, asked: Option<usize>, usual: usize) -> R
         true => whole("pad_token_id").unwrap_or(1).saturating_add(1),
         false => 0,
     };
-    Ok(usual.min(most.saturating_sub(before)))
+    let room = most
+        .saturating_sub(before)
+        .saturating_sub(virtual_tokens)
+        .max(1); // where none is left, the model says so
+    Ok(usual.min(room))
 }
 
 /// A format by its name; an unknown one names the nearest.
@@ -1139,7 +1155,18 @@ pub(crate) fn cache_dir() -> Option<PathBuf> {
             .map(PathBuf::from)
     };
     let user = named("XDG_CACHE_HOME").or_else(|| named("HOME").map(|home| home.join(".cache")))?;
-    Some(user.join("peft").join("data"))
+    let dir = user.join("peft").join("data");
+    let writable = std::fs::create_dir_all(&dir).and_then(|()| tempfile::tempfile_in(&dir));
+    match writable {
+        Ok(_) => Some(dir),
+        Err(error) => {
+            eprintln!(
+                "note: tokenised data is not kept for the next time: {}: {error}; XDG_CACHE_HOME names another place",
+                dir.display()
+            );
+            None
+        }
+    }
 }
 
 /// Everything that was resolved.
@@ -1518,7 +1545,7 @@ fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
     let set = stop.clone();
     ctrlc::set_handler(move || {
         if set.swap(true, Ordering::Relaxed) {
-            std::process::exit(INTERRUPTED);
+            peft::torch::end_process(INTERRUPTED);
         }
         eprintln!("\nstopping after this step; once more to stop at once");
     })

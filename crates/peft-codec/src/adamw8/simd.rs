@@ -7,7 +7,7 @@ use crate::{
     element::{Element, private::Format},
     four::Level,
     map::Map,
-    nearest::{LEAST, Nearest},
+    nearest::{LEAST, MEAN, Nearest, SQUARES},
     simd::{ahead, load_512, store_512},
 };
 
@@ -25,13 +25,14 @@ pub(super) fn step<P: Element, G: Element>(
     assert!(params.len() == STATE_BLOCK && grads.len() == STATE_BLOCK);
     assert!(block.codes1.len() == STATE_BLOCK && block.codes2.len() == STATE_BLOCK);
     // SAFETY: `Level` says that the processor has the instructions; the lengths are checked.
-    unsafe { step_512(step, signed, unsigned, params, grads, block) }
+    unsafe { step_512(level, step, signed, unsigned, params, grads, block) }
 }
 
 /// # Safety
 /// AVX-512 F, BW, DQ, VL; all of a block.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn step_512<P: Element, G: Element>(
+    level: Level,
     step: &Step,
     signed: &Nearest,
     unsigned: &Nearest,
@@ -91,8 +92,12 @@ unsafe fn step_512<P: Element, G: Element>(
     }
     *block.absmax1 = _mm512_reduce_max_ps(most1);
     *block.absmax2 = _mm512_reduce_max_ps(most2);
-    let scale1 = _mm512_set1_ps(1.0 / *block.absmax1);
-    let scale2 = _mm512_set1_ps(1.0 / *block.absmax2);
+    let scales = [1.0 / *block.absmax1, 1.0 / *block.absmax2];
+    if level >= Level::Avx512Bf16 && scales.iter().all(|it| it.is_normal()) {
+        // SAFETY: `level` says that the instructions are there.
+        return unsafe { encode(&s1, &s2, scales, block) };
+    }
+    let [scale1, scale2] = scales.map(|it| _mm512_set1_ps(it));
     let (zero, one) = (_mm512_set1_epi32(127), _mm512_set1_epi32(1));
     for i in 0..STATE_BLOCK / 16 {
         let v = _mm512_mul_ps(s1[i], scale1);
@@ -125,6 +130,43 @@ unsafe fn step_512<P: Element, G: Element>(
                 block.codes2.as_mut_ptr().add(at).cast(),
                 _mm512_cvtepi32_epi8(ranks),
             );
+        }
+    }
+}
+
+/// Both states of a block, by tables of every number. A scale is no infinity, for of a block of zeros the signs would be lost.
+///
+/// # Safety
+/// AVX-512 F, BW, DQ, VL, VBMI, VBMI2.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2")]
+unsafe fn encode(means: &[__m512; 16], squares: &[__m512; 16], scales: [f32; 2], block: Block<'_>) {
+    let (of_means, of_squares) = (MEAN.entries(), SQUARES.entries());
+    assert!(block.codes1.len() == STATE_BLOCK && block.codes2.len() == STATE_BLOCK);
+    let [scale1, scale2] = scales.map(|it| _mm512_set1_ps(it));
+    // Byte j of number i of four vectors is byte i of the j-th.
+    let order: [u8; 64] = std::array::from_fn(|at| (4 * (at % 16) + at / 16) as u8);
+    let (limit, turn) = (_mm512_set1_epi8(127), _mm512_set1_epi8(126));
+    // SAFETY: an index has 32 bits less those that are shifted away, and an entry each is there; of each code there are 64 more.
+    unsafe {
+        let order = _mm512_loadu_si512(order.as_ptr().cast());
+        for i in 0..4 {
+            let (mut c1, mut c2) = (_mm512_setzero_si512(), _mm512_setzero_si512());
+            for j in (0..4).rev() {
+                let u = _mm512_castps_si512(_mm512_mul_ps(means[4 * i + j], scale1));
+                let at = _mm512_srli_epi32::<17>(u);
+                let entry = _mm512_i32gather_epi32::<4>(at, of_means.as_ptr().cast());
+                c1 = _mm512_shldi_epi32::<8>(c1, _mm512_add_epi32(entry, u));
+                let u = _mm512_castps_si512(_mm512_mul_ps(squares[4 * i + j], scale2));
+                let at = _mm512_srli_epi32::<16>(u);
+                let entry = _mm512_i32gather_epi32::<4>(at, of_squares.as_ptr().cast());
+                c2 = _mm512_shldi_epi32::<8>(c2, _mm512_add_epi32(entry, u));
+            }
+            let c1 = _mm512_permutexvar_epi8(order, c1);
+            let negative = _mm512_cmplt_epu8_mask(c1, limit);
+            let c1 = _mm512_mask_sub_epi8(c1, negative, turn, c1);
+            _mm512_storeu_si512(block.codes1.as_mut_ptr().add(64 * i).cast(), c1);
+            let c2 = _mm512_permutexvar_epi8(order, c2);
+            _mm512_storeu_si512(block.codes2.as_mut_ptr().add(64 * i).cast(), c2);
         }
     }
 }

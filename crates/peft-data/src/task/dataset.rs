@@ -147,6 +147,8 @@ pub struct TaskReport {
     pub truncated: usize,
     /// Words whose tag no token carries: cut off, or nothing to the tokenizer.
     pub lost_words: usize,
+    /// Rows of nothing but special tokens, none of which could be hidden; they are left out.
+    pub nothing_to_hide: usize,
     /// Questions none of whose windows holds an answer, of those that have one.
     pub lost_answers: usize,
     /// How often each class is a label, in the order of the classes.
@@ -169,6 +171,12 @@ impl TaskReport {
             warnings.push(format!(
                 "the tags of {} words are lost: they were cut off, or are nothing to the tokenizer",
                 self.lost_words
+            ));
+        }
+        if self.nothing_to_hide > 0 {
+            warnings.push(format!(
+                "{} rows are left out: of special tokens alone, there is no word to hide",
+                self.nothing_to_hide
             ));
         }
         if self.lost_answers > 0 {

@@ -544,7 +544,16 @@ impl Maker<'_> {
             )));
         };
         let cutter = Cutter::texts(self.tokenizer, "max_length", self.options.max_length)?;
-        let made = self.encode(|_, said| match said {
+        let mut special: Vec<u32> = self
+            .tokenizer
+            .special_tokens()
+            .values()
+            .chain(self.tokenizer.special_contents())
+            .filter_map(|token| self.tokenizer.id(token))
+            .collect();
+        special.sort_unstable();
+        special.dedup();
+        let mut made = self.encode(|_, said| match said {
             Said::Raw(text) => {
                 let encoding = cutter.single(text)?;
                 let mut made = Made::one(&encoding, Extra::None);
@@ -556,15 +565,18 @@ impl Maker<'_> {
             }
             _ => Err(wrong_row()),
         })?;
-        let mut special: Vec<u32> = self
-            .tokenizer
-            .special_tokens()
-            .values()
-            .chain(self.tokenizer.special_contents())
-            .filter_map(|token| self.tokenizer.id(token))
-            .collect();
-        special.sort_unstable();
-        special.dedup();
+        let rows = made.iter().map(|it| it.rows.len()).sum::<usize>();
+        let word = |id: &u32| special.binary_search(id).is_err();
+        for made in &mut made {
+            made.rows.retain(|row| row.ids.iter().any(word));
+        }
+        let kept = made.iter().map(|it| it.rows.len()).sum::<usize>();
+        if kept == 0 && rows > 0 {
+            return Err(Error::Tokenizer(format!(
+                "of {rows} rows none has a word that could be hidden: all their tokens are special ones"
+            )));
+        }
+        self.report.nothing_to_hide = rows - kept;
         let masking = Masking {
             probability: self.options.mask_probability,
             seed: self.options.mask_seed,

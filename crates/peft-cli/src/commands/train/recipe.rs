@@ -297,6 +297,12 @@ impl Plan {
         )))
     }
 
+    /// How many virtual tokens the method puts in front of a row; none where it has no such setting.
+    pub(crate) fn virtual_tokens(&self) -> usize {
+        let number = self.recipe.options.get("num_virtual_tokens");
+        number.and_then(Value::as_u64).unwrap_or(0) as usize
+    }
+
     /// How factors begin that make up for what quantisation takes away: `init_lora_weights: loftq`, with `loftq_config`
     /// for the rounds, or `pissa` where the base is quantised here.
     pub(crate) fn residual(&self) -> Result<Option<Residual>> {
