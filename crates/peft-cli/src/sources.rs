@@ -332,15 +332,37 @@ impl Sources {
         }
     }
 
-    /// How many virtual tokens the adapters put in front of a row.
-    pub(crate) fn virtual_tokens(&self) -> Result<usize> {
-        let mut all = 0usize;
+    /// Tokens of a row at most: as many as are asked for, else the usual, of which a model may have been made for less. Virtual tokens
+    /// take some of those away, of the adapters here and `more` of one to come.
+    pub(crate) fn row_length(
+        &self,
+        more: usize,
+        asked: Option<usize>,
+        usual: usize,
+    ) -> Result<usize> {
+        if let Some(asked) = asked {
+            return Ok(asked);
+        }
+        let whole = |json: &serde_json::Value, key: &str| Some(json.get(key)?.as_u64()? as usize);
+        let config = self.base.config()?;
+        let keys = ["max_position_embeddings", "n_positions"];
+        let places = keys.into_iter().find_map(|key| whole(&config, key));
+        // RoBERTa counts from behind its padding token.
+        let roberta = config.get("model_type").is_some_and(|it| it == "roberta");
+        let mut taken = match roberta {
+            true => whole(&config, "pad_token_id")
+                .unwrap_or(1)
+                .saturating_add(1),
+            false => 0,
+        };
+        taken = taken.saturating_add(more);
         for (_, dir) in &self.adapters {
             let json = files::read_json(&dir.join(ADAPTER_CONFIG))?;
-            let own = json.get("num_virtual_tokens").and_then(|it| it.as_u64());
-            all = all.saturating_add(own.unwrap_or(0) as usize);
+            taken = taken.saturating_add(whole(&json, "num_virtual_tokens").unwrap_or(0));
         }
-        Ok(all)
+        // Where no place is left, the model says so.
+        let left = places.map_or(usual, |it| it.saturating_sub(taken).max(1));
+        Ok(usual.min(left))
     }
 
     /// The type of the base, and what models of it are for; nothing of a type that is not known.

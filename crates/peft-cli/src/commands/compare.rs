@@ -33,7 +33,6 @@ use super::{
     train::{
         INTERRUPTED, Setup, TRAINABLE, USUAL_LENGTH, complete, name_of_model,
         recipe::{Plan, Recipe, Validation},
-        row_length,
         screen::row,
         task_of,
     },
@@ -261,7 +260,7 @@ fn length_for_all(plans: &[Plan]) -> Result<Option<usize>> {
         Task::CausalLm => USUAL_LENGTH,
         task => TaskOptions::of(task.name().parse()?).max_length,
     };
-    let length = |virtual_tokens| row_length(&sources.base, virtual_tokens, None, usual);
+    let length = |virtual_tokens| sources.row_length(virtual_tokens, None, usual);
     let (alone, shared) = (length(0)?, length(most)?);
     Ok((shared < alone).then_some(shared))
 }

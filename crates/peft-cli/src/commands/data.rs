@@ -10,8 +10,8 @@ use peft::{
 };
 
 use super::train::{
-    USUAL_LENGTH, cache_dir, describe, describe_task, format, load, row_length, screen::paint,
-    show_row, task_for,
+    USUAL_LENGTH, cache_dir, describe, describe_task, format, load, screen::paint, show_row,
+    task_for,
 };
 use crate::{
     error::usage,
@@ -69,12 +69,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let options = Options {
         format: format(args.format.as_deref())?,
-        max_length: row_length(
-            &sources.base,
-            sources.virtual_tokens()?,
-            args.max_length,
-            USUAL_LENGTH,
-        )?,
+        max_length: sources.row_length(0, args.max_length, USUAL_LENGTH)?,
         train_on_prompt: args.train_on_prompt,
         cache_dir: cache_dir(),
         ..Options::default()
@@ -131,12 +126,7 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
     }
     let tokenizer = sources.tokenizer()?;
     let options = TaskOptions::of(task.name().parse()?);
-    let length = row_length(
-        &sources.base,
-        sources.virtual_tokens()?,
-        args.max_length,
-        options.max_length,
-    )?;
+    let length = sources.row_length(0, args.max_length, options.max_length)?;
     let mut options = options.with_max_length(length);
     let numbers = sources.predicts_numbers(task)?;
     options.problem = numbers.then_some(Problem::Regression);

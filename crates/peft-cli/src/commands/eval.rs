@@ -16,7 +16,7 @@ use peft::{
 
 use serde_json::{Map, Value};
 
-use super::train::{USUAL_LENGTH, cache_dir, format, load, recipe::Plan, row_length};
+use super::train::{USUAL_LENGTH, cache_dir, format, load, recipe::Plan};
 use crate::{
     answer::{Writer, answers as answer_all},
     args::{Compute, kind_name},
@@ -70,12 +70,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let options = Options {
         format: format(args.format.as_deref())?,
-        max_length: row_length(
-            &sources.base,
-            sources.virtual_tokens()?,
-            args.max_length,
-            USUAL_LENGTH,
-        )?,
+        max_length: sources.row_length(0, args.max_length, USUAL_LENGTH)?,
         train_on_prompt: args.train_on_prompt,
         cache_dir: cache_dir(),
         ..Options::default()
@@ -156,12 +151,7 @@ fn of_task(args: &Args, sources: &Sources, task: Task) -> Result<()> {
     }
     let model = sources.load_task(task, args.compute.place()?)?;
     let options = TaskOptions::of(task.name().parse()?);
-    let length = row_length(
-        &sources.base,
-        sources.virtual_tokens()?,
-        args.max_length,
-        options.max_length,
-    )?;
+    let length = sources.row_length(0, args.max_length, options.max_length)?;
     let mut options = options.with_max_length(length);
     // Hidden are the words that the run hides, or one that says nothing of its seed.
     let run = args.source.run.as_deref().map(Path::new);

@@ -28,7 +28,7 @@ use peft::{
         Columns, Dataset, Format, Message, Options, Pass, TaskDataset, TaskOptions, detect_task,
         pieces, prepare, prepare_task, split,
     },
-    models::{HeadOptions, Network, Problem, Source, Task, parameters, save},
+    models::{HeadOptions, Network, Problem, Task, parameters, save},
     quant::Format as BaseFormat,
     torch::memory,
     train::{
@@ -835,8 +835,7 @@ impl Loaded {
             )));
         }
         let virtual_tokens = plan.virtual_tokens();
-        let length =
-            |usual: usize| row_length(&sources.base, virtual_tokens, recipe.max_length, usual);
+        let length = |usual: usize| sources.row_length(virtual_tokens, recipe.max_length, usual);
         let own_files = match &recipe.validation {
             Validation::Files(files) => Some(files),
             _ => None,
@@ -1092,34 +1091,6 @@ pub(crate) fn describe_task(name: &str, data: &TaskDataset, max_length: usize) {
         );
     }
     report.warnings().iter().for_each(|text| warn(text));
-}
-
-/// Tokens of a row at most: as many as are asked for, else the usual, of which a model may have been made for less, the virtual
-/// tokens in front of a row among them.
-pub(crate) fn row_length(
-    base: &Source,
-    virtual_tokens: usize,
-    asked: Option<usize>,
-    usual: usize,
-) -> Result<usize> {
-    if let Some(asked) = asked {
-        return Ok(asked);
-    }
-    let config = base.config()?;
-    let whole = |key: &str| config.get(key)?.as_u64().map(|it| it as usize);
-    let keys = ["max_position_embeddings", "n_positions"];
-    let most = keys.into_iter().find_map(whole).unwrap_or(usize::MAX);
-    // RoBERTa counts from behind its padding token.
-    let roberta = config.get("model_type").is_some_and(|it| it == "roberta");
-    let before = match roberta {
-        true => whole("pad_token_id").unwrap_or(1).saturating_add(1),
-        false => 0,
-    };
-    let room = most
-        .saturating_sub(before)
-        .saturating_sub(virtual_tokens)
-        .max(1); // where none is left, the model says so
-    Ok(usual.min(room))
 }
 
 /// A format by its name; an unknown one names the nearest.
