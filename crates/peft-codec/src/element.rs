@@ -35,9 +35,11 @@ macro_rules! element {
             const FORMAT: private::Format = private::Format::$format;
         }
         impl Element for $type {
+            #[inline]
             fn wide(self) -> f32 {
                 $wide(self)
             }
+            #[inline]
             fn round(value: f32) -> $type {
                 $round(value)
             }

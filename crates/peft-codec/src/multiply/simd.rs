@@ -5,7 +5,7 @@
     reason = "rows and lookups are indices into several arrays of registers"
 )]
 
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, sync::LazyLock};
 
 use super::{
     CHUNK, Floats, Words,
@@ -16,9 +16,12 @@ use crate::{four::Level, simd::ahead};
 /// Whether products of pairs in bf16 with `m` rows are faster than those in fp32: where a pair takes as long as one number, always,
 /// and otherwise where looking values up costs more than multiplying them, which is once for all rows.
 pub(super) fn pairs_pay(m: usize) -> bool {
-    let vendor = __cpuid(0);
-    let amd = [vendor.ebx, vendor.edx, vendor.ecx] == [0x6874_7541, 0x6974_6e65, 0x444d_4163]; // AuthenticAMD
-    amd || m == 1
+    // Asked once: on a virtual machine the question takes longer than a thousand products.
+    static AMD: LazyLock<bool> = LazyLock::new(|| {
+        let vendor = __cpuid(0);
+        [vendor.ebx, vendor.edx, vendor.ecx] == [0x6874_7541, 0x6974_6e65, 0x444d_4163] // AuthenticAMD
+    });
+    m == 1 || *AMD
 }
 
 /// In bf16.
