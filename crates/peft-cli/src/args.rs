@@ -197,12 +197,58 @@ pub(crate) fn fresh_folder(dir: &Path) -> Result<()> {
             dir.display()
         );
     }
+    // What is written takes the folder's place when it is whole.
+    if dir.is_symlink() {
+        bail!("{}: is a link; name the folder itself", dir.display());
+    }
+    if is_mounted(dir) {
+        bail!(
+            "{}: something is mounted there, so that no folder can take its place; name one inside",
+            dir.display()
+        );
+    }
     Ok(())
+}
+
+/// Whether a folder lies on another file system than the one that holds it.
+#[cfg(unix)]
+fn is_mounted(dir: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let device = |path: &Path| std::fs::metadata(path).map(|it| it.dev()).ok();
+    device(dir).is_some_and(|own| device(&dir.join("..")) != Some(own))
+}
+
+/// Where systems do not say, nothing is.
+#[cfg(not(unix))]
+fn is_mounted(_: &Path) -> bool {
+    false
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(unix)]
+    #[test]
+    fn a_folder_to_write_is_empty_and_no_link() {
+        let held = tempfile::tempdir().unwrap();
+        let (empty, link, full) = (
+            held.path().join("empty"),
+            held.path().join("link"),
+            held.path(),
+        );
+        std::fs::create_dir(&empty).unwrap();
+        std::os::unix::fs::symlink(&empty, &link).unwrap();
+        assert!(fresh_folder(&empty).is_ok() && fresh_folder(&full.join("new")).is_ok());
+        for (dir, why) in [
+            (full, "not empty"),
+            (&link, "is a link"),
+            (Path::new("/proc/self"), ""),
+        ] {
+            let error = fresh_folder(dir).unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+    }
 
     #[test]
     fn devices_are_parsed_or_refused() {

@@ -303,7 +303,26 @@ fn of_answers(
     Ok(())
 }
 
+/// Where the largest score is; of equal ones the first, as `argmax` has it.
 fn largest(scores: &[f32]) -> usize {
-    let best = scores.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1));
+    let order = |a: &(usize, &f32), b: &(usize, &f32)| a.1.total_cmp(b.1).then(b.0.cmp(&a.0));
+    let best = scores.iter().enumerate().max_by(order);
     best.map_or(0, |(at, _)| at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_equal_scores_the_first_is_the_largest() {
+        for (scores, at) in [
+            (&[1.0, 3.0, 3.0][..], 1),
+            (&[0.0; 4], 0),
+            (&[-2.0, -1.0], 1),
+            (&[], 0),
+        ] {
+            assert_eq!(largest(scores), at, "{scores:?}");
+        }
+    }
 }

@@ -30,12 +30,19 @@ pub(crate) fn guarded(body: impl FnOnce() -> Result<()>) -> Result<()> {
             .map(|at| format!(" at {}:{}", at.file(), at.line()));
         let first = text.lines().next().unwrap_or_default();
         if let Ok(mut last) = LAST.lock() {
-            *last = format!("internal error{}: {first}", place.unwrap_or_default());
+            // A disk that is full, say, is no bug of ours.
+            *last = match text.strip_prefix("failed printing to ") {
+                Some(where_and_why) => format!("cannot write to {where_and_why}"),
+                None => format!(
+                    "internal error{}: {first}; please report this, it is a bug in peft",
+                    place.unwrap_or_default()
+                ),
+            };
         }
     }));
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
         let last = LAST.lock().map(|it| it.clone()).unwrap_or_default();
-        Err(anyhow!("{last}; please report this, it is a bug in peft"))
+        Err(anyhow!("{last}"))
     })
 }
 

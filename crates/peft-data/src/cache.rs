@@ -35,7 +35,7 @@ use crate::tokenizer::readable_by_all;
 
 const MAGIC: &[u8; 8] = b"PEFTDATA";
 /// Changes whenever the same options would make other bytes.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 const HEADER: usize = 112;
 /// How the names of files under construction begin.
 const PARTIAL: &str = "partial-";

@@ -124,6 +124,7 @@ impl Tokenizer {
         add_tokens(&mut inner, dir, &config)?;
         let mut special = special_tokens(dir, &config)?;
         add_defaults(&mut special, &inner, &config);
+        make_special(&mut inner, &special)?;
         let habits = Habits::of(dir, &config)?;
         let templates = templates(dir, &config, &special)?;
 
@@ -657,6 +658,26 @@ fn add_defaults(
                 .or_insert_with(|| (*token).to_owned());
         }
     }
+}
+
+/// Tokens that a configuration names are special, as in Python, whatever `tokenizer.json` says of them: found in a text before it is
+/// cut into words, and left out of an answer.
+fn make_special(
+    inner: &mut tokenizers::Tokenizer,
+    special: &BTreeMap<String, String>,
+) -> Result<()> {
+    let added = inner.get_added_tokens_decoder();
+    let is_added = |token: &String| added.values().any(|it| it.content == *token);
+    let mut new: Vec<AddedToken> = Vec::new();
+    for token in special.values() {
+        if inner.token_to_id(token).is_some() && !is_added(token) {
+            new.push(AddedToken::from(token.clone(), true));
+        }
+    }
+    if !new.is_empty() {
+        inner.add_special_tokens(new).map_err(refused)?;
+    }
+    Ok(())
 }
 
 /// The chat templates by name; a single one is named `default`.

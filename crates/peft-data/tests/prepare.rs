@@ -603,3 +603,20 @@ fn ids_and_masks_equal_pythons() {
         }
     }
 }
+
+/// A token that tokenizer_config.json names is special, as in Python, also where tokenizer.json has it as an ordinary word.
+#[test]
+fn tokens_that_are_named_are_special() {
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = serde_json::json!({
+        "version": "1.0", "added_tokens": [], "normalizer": null, "post_processor": null, "decoder": null,
+        "truncation": null, "padding": null, "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "end": 2, "?": 3}, "unk_token": "?"},
+    });
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "end"}"#).unwrap();
+    let tokenizer = Tokenizer::open(dir.path()).unwrap();
+    assert_eq!(tokenizer.encode("aend b", true).unwrap(), [0, 2, 1]);
+    assert_eq!(tokenizer.decode(&[0, 2, 1], true).unwrap(), "a b");
+    assert_eq!(tokenizer.decode(&[0, 2, 1], false).unwrap(), "a end b");
+}

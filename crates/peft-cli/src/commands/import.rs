@@ -11,7 +11,10 @@ use console::style;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use peft::gguf::{self, Dtype};
 
-use crate::terminal::{bytes, grouped};
+use crate::{
+    args::fresh_folder,
+    terminal::{bytes, grouped},
+};
 
 /// Flags of `peft import`.
 #[derive(Debug, clap::Args)]
@@ -43,6 +46,7 @@ pub(crate) fn run(args: Args) -> Result<()> {
         Format::Bf16 => Dtype::BF16,
         Format::Fp16 => Dtype::F16,
     };
+    fresh_folder(&args.out)?;
     let bar = ProgressBar::with_draw_target(Some(0), target());
     if let Ok(style) = ProgressStyle::with_template("{bar:40} {pos}/{len} {wide_msg:.dim}") {
         bar.set_style(style);

@@ -276,7 +276,14 @@ fn rope_scaling(gguf: &Gguf, keys: &Keys<'_>, head_dim: usize) -> Result<Value> 
         }
     }
     let key = "rope.scaling.type";
-    let kind = keys.meta.text(&keys.full(key))?.unwrap_or("none");
+    let kind = match keys.meta.text(&keys.full(key))? {
+        Some(kind) => kind,
+        // A factor without a type is a linear one to ggml, and none is a factor of 0.
+        None => match keys.float("rope.scaling.factor")? {
+            None | Some(0.0 | 1.0) => "none",
+            Some(_) => "linear",
+        },
+    };
     if gguf.has(ROPE_FREQS) {
         if kind != "none" {
             let problem = format!("`{}` and the tensor `{ROPE_FREQS}` at once", shown(kind));

@@ -109,6 +109,11 @@ fn configurations() {
 
 /// A one-layer llama with heads of 64 and this tensor of rotary factors.
 fn with_rope_factors(factors: &[f32]) -> Writer {
+    small_llama().f32("rope_freqs.weight", &[factors.len() as u64], factors)
+}
+
+/// A one-layer llama with heads of 64.
+fn small_llama() -> Writer {
     let (hidden, inner) = (128, 4);
     let zeros = vec![0.0; hidden * hidden];
     let mut writer = Writer::new()
@@ -136,7 +141,7 @@ fn with_rope_factors(factors: &[f32]) -> Writer {
     for name in ["blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"] {
         writer = writer.f32(&format!("{name}.weight"), &[128], &zeros[..128]);
     }
-    writer.f32("rope_freqs.weight", &[factors.len() as u64], factors)
+    writer
 }
 
 /// Llama 3's factors as its converter computes them, for heads of 64.
@@ -175,6 +180,29 @@ fn llama_3_scaling_is_recovered_from_its_factors_or_refused() {
     let error = open(&other).unwrap_err().to_string();
     assert!(error.contains("`rope_freqs.weight`: factor 12"), "{error}");
     let error = open(&[f32::NAN; 32]).unwrap_err().to_string();
+    assert!(error.contains("rope_freqs.weight"), "{error}");
+}
+
+#[test]
+fn a_scaling_without_a_type_is_linear_as_to_ggml() {
+    let scaling = |writer: Writer| {
+        let (_dir, path) = writer.file();
+        HfView::new(Gguf::open(&path).unwrap()).map(|it| it.config()["rope_scaling"].clone())
+    };
+    let with =
+        |writer: Writer, factor: f32| writer.key("llama.rope.scaling.factor", Kv::F32(factor));
+    assert_eq!(
+        scaling(with(small_llama(), 4.0)).unwrap(),
+        json!({"rope_type": "linear", "factor": 4.0})
+    );
+    for none in [0.0, 1.0] {
+        assert_eq!(scaling(with(small_llama(), none)).unwrap(), Value::Null);
+    }
+    let off = with(small_llama(), 4.0).key("llama.rope.scaling.type", Kv::Text("none"));
+    assert_eq!(scaling(off).unwrap(), Value::Null);
+    assert!(scaling(with(small_llama(), -4.0)).is_err());
+    let both = scaling(with(with_rope_factors(&llama3_factors(8.0)), 4.0));
+    let error = both.unwrap_err().to_string();
     assert!(error.contains("rope_freqs.weight"), "{error}");
 }
 
