@@ -614,7 +614,11 @@ fn tokens_that_are_named_are_special() {
         "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "end": 2, "?": 3}, "unk_token": "?"},
     });
     std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "end"}"#).unwrap();
+    std::fs::write(
+        dir.path().join("tokenizer_config.json"),
+        r#"{"eos_token": "end"}"#,
+    )
+    .unwrap();
     let tokenizer = Tokenizer::open(dir.path()).unwrap();
     assert_eq!(tokenizer.encode("aend b", true).unwrap(), [0, 2, 1]);
     assert_eq!(tokenizer.decode(&[0, 2, 1], true).unwrap(), "a b");
