@@ -93,13 +93,12 @@ impl Activations {
                     &mut lines,
                     |line| &mut line.0,
                     |it| bf16::from_f32(it.wide()),
-                    bf16::ZERO,
                 );
                 Lines::Words(lines)
             }
             false => {
                 let mut lines = vec![Floats([0.0; 16]); m * inp.div_ceil(CHUNK) * 8];
-                arrange(x, inp, &mut lines, |line| &mut line.0, Element::wide, 0.0);
+                arrange(x, inp, &mut lines, |line| &mut line.0, Element::wide);
                 Lines::Floats(lines)
             }
         };
@@ -140,13 +139,12 @@ impl Activations {
 }
 
 /// Puts rows of `inp` numbers into lines of `N`, of which a chunk has 128 / N.
-fn arrange<T: Copy, L, U: Copy, const N: usize>(
+fn arrange<T: Copy, L, U: Copy + Default, const N: usize>(
     x: &[T],
     inp: usize,
     lines: &mut [L],
     within: impl Fn(&mut L) -> &mut [U; N],
     convert: impl Fn(T) -> U,
-    zero: U,
 ) {
     if inp == 0 {
         return;
@@ -155,7 +153,7 @@ fn arrange<T: Copy, L, U: Copy, const N: usize>(
     let rows = lines.chunks_mut(inp.div_ceil(CHUNK) * a_chunk);
     for (x, lines) in x.chunks(inp).zip(rows) {
         for (x, lines) in x.chunks(CHUNK).zip(lines.chunks_mut(a_chunk)) {
-            let mut straight = [zero; CHUNK];
+            let mut straight = [U::default(); CHUNK];
             let converted = straight.iter_mut().zip(x);
             converted.for_each(|(to, x)| *to = convert(*x));
             for (j, line) in lines.iter_mut().enumerate() {

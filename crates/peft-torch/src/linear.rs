@@ -15,8 +15,8 @@
 //! go through [`gemv`](crate::gemv), which reads it at the speed of memory.
 
 use crate::{Function, apply, ffi, gemv};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{LazyLock, OnceLock};
 use tch::{Device, Kind, TchError, Tensor};
 
 /// `y = x wᵀ + b`; x: `[.., in]`, w: `[out, in]`, b: `[out]` -> `[.., out]`.
@@ -90,7 +90,9 @@ pub fn fast_fp32() -> bool {
 /// Whether batches of products do. The only switch by which libtorch sends them there also allows bf16, which oneDNN uses where a
 /// processor has AMX.
 pub(crate) fn fast_batches() -> bool {
-    fast_fp32() && !has_amx()
+    // Asked once: on a virtual machine the question takes a microsecond.
+    static AMX: LazyLock<bool> = LazyLock::new(has_amx);
+    fast_fp32() && !*AMX
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -52,6 +52,7 @@ impl Remembered {
         };
         Ok(match eight {
             Some(it) => Remembered::Eight(it),
+            // libtorch steps moments whose strides are the parameter's.
             None if optim.keep().pages(param) && param.is_contiguous() => {
                 let zeros = || paged_zeros(&param.size(), param.kind(), param.device());
                 let (m, v) = (zeros()?, zeros()?);

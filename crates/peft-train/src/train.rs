@@ -54,11 +54,11 @@ pub struct Data<'d> {
 }
 
 impl<'d> Data<'d> {
-    /// Whether a model that takes rows of `widest` tokens can be trained on this with these settings.
+    /// The same for a model that takes rows of `widest` tokens, with batches as wide as the settings want them.
     ///
     /// # Errors
     /// Names the row that is too long, or the setting that needs held-out rows where there are none.
-    pub fn check(&self, settings: &Settings, widest: Option<usize>) -> Result<()> {
+    pub fn fitted(&self, settings: &Settings, widest: Option<usize>) -> Result<Data<'d>> {
         let plateau = settings.lr_scheduler_type == ScheduleType::ReduceOnPlateau;
         for (needs, setting) in [
             (
@@ -72,15 +72,10 @@ impl<'d> Data<'d> {
                 return Err(Error::setting(setting, reason));
             }
         }
-        self.clone().padded_to(1, widest).map(drop)
-    }
-
-    /// As [`Rows::padded_to`].
-    fn padded_to(self, multiple: usize, widest: Option<usize>) -> Result<Data<'d>> {
-        let held_out = self.held_out.map(|it| it.padded_to(multiple, widest));
+        let fit = |rows: &Rows<'d>| rows.clone().padded_to(settings.pad_to_multiple_of, widest);
         Ok(Data {
-            train: self.train.padded_to(multiple, widest)?,
-            held_out: held_out.transpose()?,
+            train: fit(&self.train)?,
+            held_out: self.held_out.as_ref().map(fit).transpose()?,
         })
     }
 }
@@ -199,10 +194,7 @@ pub fn train(
     observer: &mut dyn Observer,
 ) -> Result<Summary> {
     settings.check()?;
-    data.check(settings, objective.widest())?;
-    let Data { train, held_out } = data
-        .clone()
-        .padded_to(settings.pad_to_multiple_of, objective.widest())?;
+    let Data { train, held_out } = data.fitted(settings, objective.widest())?;
     let plan = train.plan(settings)?;
     let per_epoch = settings.steps_per_epoch(plan.batches_per_epoch());
     let total = settings.total_steps(plan.batches_per_epoch());

@@ -271,7 +271,7 @@ fn is_float(tensor: &Tensor) -> bool {
     )
 }
 
-fn finite(tensor: &Tensor) -> bool {
+pub(crate) fn finite(tensor: &Tensor) -> bool {
     tensor.isfinite().all().int64_value(&[]) != 0
 }
 

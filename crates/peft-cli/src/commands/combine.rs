@@ -12,8 +12,7 @@ use peft::{
     lora::{Combination, Rules, combine},
 };
 
-use tch::Tensor;
-
+use super::check::finite;
 use crate::{
     args::fresh_folder,
     error::{of_settings, usage},
@@ -113,7 +112,6 @@ pub(crate) fn run(args: Args) -> Result<()> {
     }
     let weighted: Vec<(&Adapter, f64)> = parts.iter().zip(weights).collect();
     let both = combine(&weighted, &how).map_err(of_settings)?;
-    let finite = |it: &Tensor| it.isfinite().all().int64_value(&[]) != 0;
     if let Some((name, _)) = both.state.iter().find(|(_, it)| !finite(it)) {
         bail!("with these weights `{name}` has numbers that are not finite; nothing was written");
     }

@@ -319,7 +319,8 @@ pub(crate) fn run(args: Args) -> Result<()> {
         }
     }
 
-    data.check(&plan.settings, widest(&*model)).map_err(usage)?;
+    data.fitted(&plan.settings, widest(&*model))
+        .map_err(usage)?; // before anything is written
 
     let run = match &args.resume {
         Some(dir) => Run::open(dir)?,
